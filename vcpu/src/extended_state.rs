@@ -1,0 +1,183 @@
+//! Switching of x87, SSE and AVX state between guests.
+//!
+//! Host code never touches these registers (it is built soft-float), so a guest's state simply
+//! stays in them until another guest is entered on the same core. Protocol: a driver calls
+//! [`ExtendedStateOwner::acquire`] with its own [`ExtendedState`] before each entry, with
+//! interrupts off; that saves the previous owner's registers and loads its own if the owner
+//! changed. XCR0 is switched by the driver around the entry, because the host keeps its own.
+#![allow(unsafe_code, reason = "XSAVE and XRSTOR have no safe wrapper")]
+
+use core::arch::asm;
+use core::ptr::NonNull;
+
+/// Bytes reserved for one guest's state: enough for x87, SSE, AVX, MPX, AVX-512 and PKRU in the
+/// standard format (SDM vol. 1 13.5; 2696 bytes), rounded up.
+pub const AREA_SIZE: usize = 4096;
+
+/// How the processor saves extended state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SaveMethod {
+    /// FXSAVE: x87 and SSE only.
+    Fxsave,
+    /// XSAVE with the given state components, a subset of what CPUID leaf 0xD lists.
+    Xsave {
+        /// The components, in the bits of XCR0.
+        components: u64,
+    },
+}
+
+/// A guest's x87, SSE and AVX registers while they are not in the processor.
+#[repr(C, align(64))]
+pub struct ExtendedState {
+    area: [u8; AREA_SIZE],
+}
+
+impl ExtendedState {
+    /// The state after reset: x87 as FNINIT leaves it, MXCSR 0x1F80, all else zero
+    /// (SDM vol. 3A table 10-1 and vol. 1 13.6).
+    pub const fn new() -> Self {
+        let mut area = [0; AREA_SIZE];
+        // FCW at byte 0 and MXCSR at byte 24 of the legacy region (SDM vol. 1 table 13-1).
+        area[0] = 0x7f;
+        area[1] = 0x03;
+        area[24] = 0x80;
+        area[25] = 0x1f;
+        // XSTATE_BV: x87 and SSE come from the legacy region, the rest from its initial state.
+        area[512] = 0b11;
+        Self { area }
+    }
+}
+
+impl Default for ExtendedState {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Whose state the registers of one core hold.
+#[derive(Debug)]
+pub struct ExtendedStateOwner {
+    owner: Option<NonNull<ExtendedState>>,
+    method: SaveMethod,
+}
+
+// SAFETY: the pointer is dereferenced only by `acquire`, whose contract is that the pointed-to
+// state is alive and used by no one else.
+unsafe impl Send for ExtendedStateOwner {}
+
+impl ExtendedStateOwner {
+    /// An owner record for a core whose registers hold nothing worth keeping.
+    pub const fn new(method: SaveMethod) -> Self {
+        Self {
+            owner: None,
+            method,
+        }
+    }
+
+    /// Makes `state` the owner of this core's registers.
+    ///
+    /// # Safety
+    /// 1. The caller runs on the core that this record describes, in ring 0, with CR0.TS and CR0.EM
+    ///    clear, CR4.OSFXSR set and, for [`SaveMethod::Xsave`], CR4.OSXSAVE set and XCR0 equal to
+    ///    the method's components.
+    /// 2. `state`, and every state acquired before, lives and stays in place until it is
+    ///    released or another record's core has taken it over.
+    pub unsafe fn acquire(&mut self, state: NonNull<ExtendedState>) {
+        if self.owner == Some(state) {
+            return;
+        }
+        if let Some(previous) = self.owner {
+            // SAFETY: the caller's promises 1 and 2.
+            unsafe { save(previous, self.method) };
+        }
+        // SAFETY: the caller's promises 1 and 2.
+        unsafe { load(state, self.method) };
+        self.owner = Some(state);
+    }
+
+    /// Forgets `state` if it is the owner, before it is dropped. Its registers are lost.
+    pub fn release(&mut self, state: NonNull<ExtendedState>) {
+        if self.owner == Some(state) {
+            self.owner = None;
+        }
+    }
+}
+
+/// # Safety
+/// As [`ExtendedStateOwner::acquire`].
+unsafe fn save(state: NonNull<ExtendedState>, method: SaveMethod) {
+    let area = state.as_ptr();
+    match method {
+        // SAFETY: the area is writable, aligned to 64 bytes and larger than 512 bytes.
+        SaveMethod::Fxsave => unsafe { asm!("fxsave64 [{}]", in(reg) area, options(nostack)) },
+        SaveMethod::Xsave { components } => {
+            // SAFETY: the area is writable, aligned to 64 bytes and holds every component in the
+            // standard format.
+            unsafe {
+                asm!(
+                    "xsave64 [{}]",
+                    in(reg) area,
+                    in("eax") components as u32,
+                    in("edx") (components >> 32) as u32,
+                    options(nostack)
+                );
+            }
+        }
+    }
+}
+
+/// # Safety
+/// As [`ExtendedStateOwner::acquire`].
+unsafe fn load(state: NonNull<ExtendedState>, method: SaveMethod) {
+    let area = state.as_ptr();
+    match method {
+        // SAFETY: the area is readable, aligned, and was made by `new` or FXSAVE.
+        SaveMethod::Fxsave => unsafe { asm!("fxrstor64 [{}]", in(reg) area, options(nostack)) },
+        SaveMethod::Xsave { components } => {
+            // SAFETY: the area is readable, aligned, and was made by `new` or XSAVE, so its
+            // header is valid.
+            unsafe {
+                asm!(
+                    "xrstor64 [{}]",
+                    in(reg) area,
+                    in("eax") components as u32,
+                    in("edx") (components >> 32) as u32,
+                    options(nostack)
+                );
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// MXCSR as it stands in a saved area.
+    fn mxcsr(state: &ExtendedState) -> u32 {
+        u32::from_le_bytes(state.area[24..28].try_into().expect("four bytes"))
+    }
+
+    #[test]
+    fn a_change_of_owner_saves_and_loads() {
+        let mut first = ExtendedState::new();
+        let mut second = ExtendedState::new();
+        first.area[24..28].copy_from_slice(&0x1f81_u32.to_le_bytes());
+        second.area[24..28].copy_from_slice(&0x1f82_u32.to_le_bytes());
+        let (one, two) = (NonNull::from(&mut first), NonNull::from(&mut second));
+        let mut owner = ExtendedStateOwner::new(SaveMethod::Fxsave);
+        // SAFETY: an ordinary process may use FXSAVE and FXRSTOR, both states outlive the record,
+        // and no floating-point value is live in this function.
+        unsafe {
+            owner.acquire(one);
+            (*one.as_ptr()).area[24..28].fill(0);
+            owner.acquire(two);
+        }
+        assert_eq!(mxcsr(&first), 0x1f81, "saved when the owner changed");
+        let mut clean = ExtendedState::new();
+        // SAFETY: as above; this leaves the registers as a thread starts with them.
+        unsafe { owner.acquire(NonNull::from(&mut clean)) };
+        assert_eq!(mxcsr(&second), 0x1f82);
+        owner.release(NonNull::from(&mut clean));
+    }
+}
