@@ -170,7 +170,7 @@ mod tests {
         // and no floating-point value is live in this function.
         unsafe {
             owner.acquire(one);
-            (*one.as_ptr()).area[24..28].fill(0);
+            (*one.as_ptr()).area = [0; AREA_SIZE];
             owner.acquire(two);
         }
         assert_eq!(mxcsr(&first), 0x1f81, "saved when the owner changed");
