@@ -31,6 +31,15 @@ pub fn fail(code: ExitCode, reason: Arguments<'_>) -> ! {
     // Writing to the port cannot fail.
     let _ = writeln!(serial, "umbra-boot: {reason}\nexit status {status}");
 
+    // A power-off loses what the port hasn't sent. The wait is bounded, in case there is no port.
+    let mut line_status = Port::<u8>::new(COM1 + 5);
+    for _ in 0..1_000_000 {
+        // SAFETY: reading COM1's line status changes nothing.
+        if unsafe { line_status.read() } & 0x40 != 0 {
+            break;
+        }
+    }
+
     // SAFETY: this port ends QEMU if it has an isa-debug-exit device, and is unused otherwise.
     unsafe { Port::<u32>::new(0xf4).write(status) };
     let mut bochs = Port::<u8>::new(0x8900);

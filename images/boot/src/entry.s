@@ -139,10 +139,10 @@ fail:
     mov edx, 0x3fb
     mov al, 3
     out dx, al
-2:  mov edx, 0x3fd                      # wait until the transmitter is empty
+2:  mov edx, 0x3fd                      # wait until everything is sent: a power-off loses the rest
     mov ecx, 0x100000
 3:  in al, dx
-    test al, 0x20
+    test al, 0x40
     loopz 3b
     lodsb
     test al, al

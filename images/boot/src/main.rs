@@ -76,7 +76,7 @@ const MINIMUM_MEMORY: u64 = 16 << 20;
 #[unsafe(no_mangle)]
 extern "C" fn start(protocol: u64, information: u64) -> ! {
     let information = PhysicalAddress(information);
-    let boot = match protocol {
+    let mut boot = match protocol {
         0 => pvh::read(information),
         _ => multiboot::read(information),
     };
@@ -90,6 +90,7 @@ extern "C" fn start(protocol: u64, information: u64) -> ! {
     let stub = stub_range();
     let memory = physical::normalize(boot.memory.clone());
     check_modules(&boot, &stub);
+    lift_modules(&memory, &mut boot, &stub);
     let (image, loaded) = load_image(&memory, &boot, &stub);
 
     let usable = usable_memory(memory.clone(), &boot, &image);
@@ -172,6 +173,35 @@ fn check_modules(boot: &BootInformation, stub: &Range<u64>) {
     }
 }
 
+/// Moves modules out of the first 2 MiB, which stay unmapped for the kernel. (GRUB likes to put
+/// them there.)
+fn lift_modules(memory: &[Range<u64>], boot: &mut BootInformation, stub: &Range<u64>) {
+    for index in 0..boot.modules.len() {
+        let Range { start, end } = boot.modules[index].range;
+        if start >= LARGE_PAGE || start == end {
+            continue;
+        }
+        let size = end - start;
+        let free = without_modules(memory.to_vec(), boot);
+        let place =
+            physical::place(&free, size, PAGE, stub.end).filter(|place| place.end <= 4 << 30);
+        let Some(place) = place else {
+            fail(
+                ExitCode::OutOfMemory,
+                format_args!("there are no {} KiB of memory for a module", size >> 10),
+            )
+        };
+        let module = PhysicalAddress(start).bytes(size, "a module");
+        // SAFETY: 1. The place is RAM, mapped, and neither the stub's nor a module's, so it doesn't
+        // overlap this module either. 2. The boot protocol's structures may lie there, but all that
+        // was needed is copied.
+        unsafe {
+            core::ptr::copy_nonoverlapping(module.as_ptr(), place.start as *mut u8, module.len())
+        };
+        boot.modules[index].range = place;
+    }
+}
+
 /// Loads the Hermit image as low as possible (the kernel uses no memory below it), clear of the
 /// stub and the modules.
 fn load_image(
@@ -188,11 +218,9 @@ fn load_image(
     };
     let size = object.mem_size() as u64;
 
-    let mut free = memory.to_vec();
-    for module in &boot.modules {
-        free = physical::subtract(free, &module.range);
-    }
-    let place = physical::place(&free, size, stub.end).filter(|place| place.end <= 4 << 30);
+    let free = without_modules(memory.to_vec(), boot);
+    let place =
+        physical::place(&free, size, LARGE_PAGE, stub.end).filter(|place| place.end <= 4 << 30);
     let Some(place) = place else {
         fail(
             ExitCode::OutOfMemory,
@@ -216,9 +244,13 @@ fn usable_memory(
     image: &Range<u64>,
 ) -> Vec<Range<u64>> {
     let below = 0..image.end.next_multiple_of(LARGE_PAGE);
+    physical::subtract(without_modules(memory, boot), &below)
+}
+
+/// `memory` without the pages of the modules.
+fn without_modules(memory: Vec<Range<u64>>, boot: &BootInformation) -> Vec<Range<u64>> {
     boot.modules
         .iter()
         .map(|module| module.range.start / PAGE * PAGE..module.range.end.next_multiple_of(PAGE))
-        .chain([below])
         .fold(memory, |memory, hole| physical::subtract(memory, &hole))
 }

@@ -112,16 +112,14 @@ pub fn normalize(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
     joined
 }
 
-/// Finds the lowest place for `size` bytes in `memory` that starts at a large page, at `from` or
-/// above.
-pub fn place(memory: &[Range<u64>], size: u64, from: u64) -> Option<Range<u64>> {
+/// Finds the lowest place for `size` bytes in `memory` with the given alignment, at `from` or above.
+pub fn place(memory: &[Range<u64>], size: u64, alignment: u64, from: u64) -> Option<Range<u64>> {
     memory
         .iter()
-        .map(|range| {
-            let start = range.start.max(from).next_multiple_of(LARGE_PAGE);
-            (start..start + size, range.end)
+        .filter_map(|range| {
+            let start = range.start.max(from).checked_next_multiple_of(alignment)?;
+            let end = start.checked_add(size)?;
+            (end <= range.end).then_some(start..end)
         })
-        .filter(|(place, end)| place.end <= *end)
-        .map(|(place, _)| place)
         .min_by_key(|place| place.start)
 }
