@@ -11,10 +11,13 @@
 #![no_std]
 #![deny(unsafe_code)]
 
+extern crate alloc;
+
 pub mod address;
 pub mod event;
 pub mod exit;
 pub mod extended_state;
+pub mod host;
 pub mod instruction;
 pub mod registers;
 
