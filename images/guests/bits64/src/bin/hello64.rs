@@ -1,0 +1,8 @@
+//! `hello64`: 64-bit long mode; tells what the loader passed.
+
+#![no_std]
+#![no_main]
+
+use umbra_guest::{guest, hello};
+
+guest!("hello64", pvh, hello::run);

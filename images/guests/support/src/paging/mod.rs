@@ -1,0 +1,3 @@
+//! Page tables of all modes, and the checks that run in each of them.
+
+pub mod space;
