@@ -1,1 +1,74 @@
-fn main() {}
+//! Umbra's host tool: sets up what is missing, builds the image, boots it, and tests it.
+
+#![deny(unsafe_code)]
+
+mod archive;
+mod build;
+mod command;
+mod doctor;
+mod image;
+mod input;
+mod iso;
+mod kernel;
+mod keys;
+mod kvm;
+mod platform;
+mod project;
+mod report;
+mod run;
+mod scenario;
+mod setup;
+mod test;
+mod toolchain;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+use crate::input::BadInput;
+use crate::project::Project;
+
+#[derive(Parser, Debug)]
+#[command(
+    name = "cargo xtask",
+    bin_name = "cargo xtask",
+    about = "Builds, boots and tests Umbra"
+)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand, Debug)]
+enum Verb {
+    /// Boot a guest under Umbra; ends with the run's exit code
+    Run(run::Options),
+    /// Run the host tests, then every scenario
+    Test(test::Options),
+    /// Make the image as a file
+    Image(image::Options),
+    /// Say what this host can run, and why not
+    Doctor,
+}
+
+fn main() -> ExitCode {
+    match execute(&Cli::parse()) {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            let is_input = error.chain().any(<dyn std::error::Error>::is::<BadInput>);
+            ExitCode::from(if is_input { 2 } else { 1 })
+        }
+    }
+}
+
+fn execute(cli: &Cli) -> Result<u8> {
+    let project = Project::find();
+    match &cli.verb {
+        Verb::Run(options) => run::run(&project, options),
+        Verb::Test(options) => test::test(&project, options),
+        Verb::Image(options) => image::image(&project, options).map(|()| 0),
+        Verb::Doctor => doctor::doctor(&project).map(|()| 0),
+    }
+}

@@ -1,0 +1,118 @@
+//! The archives that Umbra and Hermit read, byte for byte the same each time.
+
+use std::io::Write;
+
+use anyhow::{Context, Result};
+use flate2::{Compression, GzBuilder};
+use tar::{Builder, EntryType, Header};
+
+/// A file that the image is given at boot.
+pub struct Entry<'a> {
+    /// Its name in the archive.
+    pub name: &'a str,
+    /// Its content.
+    pub data: &'a [u8],
+}
+
+/// What Umbra reads as its one boot module: an uncompressed ustar archive of `guest` and, after it,
+/// `initrd` if there is one.
+///
+/// # Errors
+/// Never in practice: writing to memory does not fail.
+pub fn guest(guest: &[u8], initrd: Option<&[u8]>) -> Result<Vec<u8>> {
+    let mut entries = vec![Entry {
+        name: "guest",
+        data: guest,
+    }];
+    entries.extend(initrd.map(|data| Entry {
+        name: "initrd",
+        data,
+    }));
+    ustar(&entries)
+}
+
+/// A `.hermit` image: `hermit.toml` and the kernel that it names, as a gzipped ustar archive.
+///
+/// # Errors
+/// Never in practice: writing to memory does not fail.
+pub fn hermit(config: &str, kernel_name: &str, kernel: &[u8]) -> Result<Vec<u8>> {
+    let archive = ustar(&[
+        Entry {
+            name: "hermit.toml",
+            data: config.as_bytes(),
+        },
+        Entry {
+            name: kernel_name,
+            data: kernel,
+        },
+    ])?;
+    let mut gzip = GzBuilder::new()
+        .mtime(0)
+        .write(Vec::new(), Compression::best());
+    gzip.write_all(&archive)?;
+    gzip.finish().context("cannot compress the image")
+}
+
+fn ustar(entries: &[Entry<'_>]) -> Result<Vec<u8>> {
+    let mut archive = Builder::new(Vec::new());
+    for entry in entries {
+        let mut header = Header::new_ustar();
+        header.set_entry_type(EntryType::Regular);
+        header.set_mode(0o444);
+        header.set_mtime(0);
+        header.set_uid(0);
+        header.set_gid(0);
+        header.set_size(entry.data.len() as u64);
+        archive
+            .append_data(&mut header, entry.name, entry.data)
+            .with_context(|| format!("cannot pack {}", entry.name))?;
+    }
+    archive.into_inner().context("cannot pack the archive")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+
+    use flate2::read::GzDecoder;
+
+    use super::*;
+
+    fn unpack(archive: &[u8]) -> Vec<(String, Vec<u8>)> {
+        let mut archive = tar::Archive::new(archive);
+        let entries = archive.entries().unwrap().map(|entry| {
+            let mut entry = entry.unwrap();
+            let mut data = Vec::new();
+            entry.read_to_end(&mut data).unwrap();
+            (entry.path().unwrap().to_string_lossy().into_owned(), data)
+        });
+        entries.collect()
+    }
+
+    #[test]
+    fn the_guest_comes_first() {
+        let with_initrd = guest(b"image", Some(b"more")).unwrap();
+        let expected = [
+            ("guest".into(), b"image".to_vec()),
+            ("initrd".into(), b"more".to_vec()),
+        ];
+        assert_eq!(unpack(&with_initrd), expected);
+        assert_eq!(&with_initrd[257..263], b"ustar\0");
+        assert_eq!(
+            unpack(&guest(b"", None).unwrap()),
+            [("guest".into(), vec![])]
+        );
+    }
+
+    #[test]
+    fn the_hermit_image_is_reproducible() {
+        let make = || hermit("version = \"1\"", "umbra", &[7; 5000]).unwrap();
+        assert_eq!(make(), make());
+        let mut archive = Vec::new();
+        GzDecoder::new(&make()[..])
+            .read_to_end(&mut archive)
+            .unwrap();
+        let names: Vec<_> = unpack(&archive).into_iter().map(|(name, _)| name).collect();
+        assert_eq!(names, ["hermit.toml", "umbra"]);
+    }
+}

@@ -1,0 +1,158 @@
+//! `cargo xtask doctor`: what this host can run, and for each "no" the reason and the fix.
+//!
+//! It only looks: nothing is installed or built.
+
+use anyhow::Result;
+
+use crate::command::{answer, clean, find_program};
+use crate::kvm::{self, Nested};
+use crate::platform::Platform;
+use crate::project::Project;
+use crate::setup::{self, Need};
+use crate::toolchain::Toolchain;
+
+/// Prints it.
+///
+/// # Errors
+/// When the toolchains cannot be examined.
+pub fn doctor(project: &Project) -> Result<()> {
+    build(project)?;
+    platform(
+        Platform::Qemu,
+        "SVM by software emulation",
+        first_line("qemu-system-x86_64"),
+    );
+    platform(
+        Platform::Bochs,
+        "VMX by software emulation, booted by GRUB",
+        debian_version("bochs"),
+    );
+    processor();
+    kvm();
+    match Platform::ALL
+        .into_iter()
+        .find(|platform| missing(&platform.needs()).is_empty())
+    {
+        Some(platform) => {
+            println!("So `cargo xtask run` works here by emulation, as `--on {platform}`.");
+        }
+        None => println!("No platform is ready; `cargo xtask run` sets up what it needs."),
+    }
+    Ok(())
+}
+
+fn build(project: &Project) -> Result<()> {
+    match Toolchain::installed(project)? {
+        Some(toolchain) => {
+            let (major, minor) = toolchain.version.release;
+            yes(
+                "build",
+                &format!(
+                    "Rust {major}.{minor}, {} toolchain, with rust-src",
+                    toolchain.name
+                ),
+            );
+        }
+        None => no(
+            "build",
+            "no Rust toolchain of 1.88 or newer has the library's source (rust-src)",
+            "`cargo xtask run` gets it by rustup, or Debian's rustc-web, cargo-web and rust-web-src",
+        ),
+    }
+    report_missing("build", &missing(&setup::for_building()));
+    Ok(())
+}
+
+fn platform(platform: Platform, what: &str, version: Option<String>) {
+    let needs = platform.needs();
+    let missing = missing(&needs);
+    if missing.is_empty() {
+        let version = version.map_or(String::new(), |version| format!(" ({version})"));
+        yes(&platform.to_string(), &format!("{what}{version}"));
+    } else {
+        report_missing(&platform.to_string(), &missing);
+    }
+}
+
+/// What the processor says here; whoever has VMX or SVM here can boot Umbra without any emulation.
+fn processor() {
+    let flags = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let flags = flags
+        .lines()
+        .find(|line| line.starts_with("flags"))
+        .unwrap_or_default();
+    match flags
+        .split_whitespace()
+        .find(|flag| ["vmx", "svm"].contains(flag))
+    {
+        Some(flag) => yes("processor", &format!("has {}", flag.to_uppercase())),
+        None => no(
+            "processor",
+            "offers neither VMX nor SVM here",
+            "none needed: the emulators bring their own",
+        ),
+    }
+}
+
+fn kvm() {
+    match kvm::preflight() {
+        Ok(nested) => {
+            let nested = match nested {
+                Nested::Vmx => "VMX",
+                Nested::Svm => "SVM",
+            };
+            yes(
+                "kvm",
+                &format!("runs guests and offers them {nested}; `run` emulates all the same"),
+            );
+        }
+        Err(reason) => {
+            no("kvm", &reason.to_string(), reason.fix());
+            println!(
+                "{:11}     instead: `--on qemu` emulates SVM, `--on bochs` emulates VMX",
+                ""
+            );
+        }
+    }
+}
+
+fn missing(needs: &[Need]) -> Vec<&Need> {
+    needs.iter().filter(|need| !need.is_met()).collect()
+}
+
+fn report_missing(name: &str, missing: &[&Need]) {
+    if missing.is_empty() {
+        return;
+    }
+    let probes: Vec<_> = missing.iter().map(|need| need.probe.as_str()).collect();
+    let mut packages: Vec<_> = missing.iter().map(|need| need.package.as_str()).collect();
+    packages.dedup();
+    let by_hand = format!(
+        "apt-get install --no-install-recommends {}",
+        packages.join(" ")
+    );
+    let fix = format!("`cargo xtask run` or `test` installs it when it may; or {by_hand}");
+    no(name, &format!("missing: {}", probes.join(", ")), &fix);
+}
+
+fn yes(name: &str, what: &str) {
+    println!("{name:11} yes  {what}");
+}
+
+fn no(name: &str, reason: &str, fix: &str) {
+    println!("{name:11} no   {reason}");
+    println!("{:11}     fix: {fix}", "");
+}
+
+fn first_line(program: &str) -> Option<String> {
+    find_program(program)?;
+    answer(clean(program).arg("--version"))?
+        .lines()
+        .next()
+        .map(str::to_owned)
+}
+
+/// Bochs does not tell its version without starting a machine.
+fn debian_version(package: &str) -> Option<String> {
+    answer(clean("dpkg-query").args(["-W", "-f", "${Package} ${Version}", package]))
+}

@@ -1,0 +1,145 @@
+//! `cargo xtask image`: the image as files for other machines.
+
+use std::fs;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, ValueEnum};
+use serde::Deserialize;
+
+use crate::archive;
+use crate::build::{Application, Builder};
+use crate::input::BadInput;
+use crate::iso;
+use crate::keys::{self, Keys, LEAF};
+use crate::project::{Project, write_if_changed};
+use crate::setup;
+
+/// The options of `image`.
+#[derive(Args, Debug)]
+pub struct Options {
+    /// What to make
+    #[arg(long)]
+    format: Format,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Format {
+    /// One ELF for `qemu -kernel` and other PVH or Multiboot2 boot loaders
+    Elf,
+    /// A `.hermit` archive for uhyve and Hermit's own loader
+    Hermit,
+    /// An ISO image that boots by GRUB on a BIOS, from CD or USB
+    Iso,
+}
+
+/// Makes it, and prints where it is.
+///
+/// # Errors
+/// When something cannot be set up or built.
+pub fn image(project: &Project, options: &Options) -> Result<()> {
+    if options.format == Format::Iso {
+        setup::install(&setup::for_iso())?;
+    }
+    let builder = Builder::new(project)?;
+    let path = match options.format {
+        Format::Elf => builder.boot_elf(Application::Umbra)?,
+        Format::Hermit => hermit(project, &builder)?,
+        Format::Iso => bootable_iso(project, &builder)?,
+    };
+    let bytes = fs::metadata(&path)?.len();
+    println!("{} ({} KiB)", path.display(), bytes.div_ceil(1024));
+    Ok(())
+}
+
+fn bootable_iso(project: &Project, builder: &Builder<'_>) -> Result<PathBuf> {
+    let boot = builder.boot_elf(Application::Umbra)?;
+    let work = project.target("runs")?.join("image");
+    fs::create_dir_all(&work)?;
+    let path = project.target("images")?.join("umbra.iso");
+    let content = iso::Content {
+        boot: &boot,
+        arguments: &[],
+        archive: None,
+    };
+    iso::write(project, &content, &work, &path)?;
+    Ok(path)
+}
+
+fn hermit(project: &Project, builder: &Builder<'_>) -> Result<PathBuf> {
+    let config_path = project.root().join("hermit.toml");
+    let text = fs::read_to_string(&config_path)
+        .with_context(|| format!("cannot read {}", config_path.display()))?;
+    let config: Config = keys::parse(&config_path, &text, &CONFIG_KEYS)
+        .map_err(|error| BadInput(error.to_string()))?;
+    if config.version != "1" {
+        bail!(BadInput(format!(
+            "{}: version must be \"1\"",
+            config_path.display()
+        )));
+    }
+    crate::run::host_memory_mib(&config.input.app_args)
+        .with_context(|| format!("{}: app_args", config_path.display()))?;
+    let elf = fs::read(builder.hermit_elf(Application::Umbra)?)?;
+    let path = project.target("images")?.join("umbra.hermit");
+    write_if_changed(&path, &archive::hermit(&text, &config.kernel, &elf)?)?;
+    Ok(path)
+}
+
+/// The configuration of a Hermit image, version 1, as `hermit-entry` defines it.
+#[derive(Debug, Deserialize)]
+struct Config {
+    version: String,
+    kernel: String,
+    input: Input,
+}
+
+#[derive(Debug, Deserialize)]
+struct Input {
+    app_args: Vec<String>,
+}
+
+const CONFIG_KEYS: Keys = Keys(&[
+    ("version", LEAF),
+    ("kernel", LEAF),
+    (
+        "input",
+        Keys(&[
+            ("kernel_args", LEAF),
+            ("app_args", LEAF),
+            ("env_vars", LEAF),
+        ]),
+    ),
+    ("requirements", Keys(&[("memory", LEAF), ("cpus", LEAF)])),
+]);
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    #[test]
+    fn our_own_configuration_is_good() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../hermit.toml");
+        let text = fs::read_to_string(&path).unwrap();
+        let config: Config = keys::parse(&path, &text, &CONFIG_KEYS).unwrap();
+        assert_eq!(
+            (config.version.as_str(), config.kernel.as_str()),
+            ("1", "umbra")
+        );
+        crate::run::host_memory_mib(&config.input.app_args).unwrap();
+    }
+
+    #[test]
+    fn a_mistyped_key_names_the_nearest() {
+        let text = "version = \"1\"\nkernel = \"x\"\n[input]\napp_arg = []\n";
+        let error =
+            keys::parse::<Config>(Path::new("hermit.toml"), text, &CONFIG_KEYS).unwrap_err();
+        assert!(
+            error
+                .to_string()
+                .contains("`input.app_arg`; did you mean `app_args`?")
+        );
+    }
+}

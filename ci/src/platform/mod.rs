@@ -1,0 +1,169 @@
+//! Where an image can be booted: each platform gives a console, and in the end an exit code.
+//!
+//! A platform that has to be killed, or ends without saying how Umbra ended, has failed: that is
+//! never taken for an exit code.
+
+mod bochs;
+mod qemu;
+
+use std::fmt;
+use std::io::{Read, Write};
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use clap::ValueEnum;
+use umbra_report::Driver;
+
+use crate::project::Project;
+use crate::setup::{self, Need};
+
+/// A machine to boot on, by its name on the command line and in scenarios.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Platform {
+    /// QEMU's software emulation of an AMD CPU with SVM
+    Qemu,
+    /// Bochs's emulation of an Intel CPU with VMX, booted by GRUB from an ISO image
+    Bochs,
+}
+
+impl Platform {
+    /// Every platform.
+    pub const ALL: [Self; 2] = [Self::Qemu, Self::Bochs];
+
+    /// What must be installed.
+    pub fn needs(self) -> Vec<Need> {
+        match self {
+            Self::Qemu => setup::for_qemu(),
+            Self::Bochs => setup::for_bochs(),
+        }
+    }
+
+    /// The driver that Umbra must have run its guest with.
+    pub fn driver(self) -> Driver {
+        match self {
+            Self::Qemu => Driver::Svm,
+            Self::Bochs => Driver::Vmx,
+        }
+    }
+
+    /// Boots `boot`, and returns when it ended.
+    ///
+    /// # Errors
+    /// When the platform cannot be started at all.
+    pub fn run(self, project: &Project, boot: &Boot<'_>, console: &Console) -> Result<Ending> {
+        match self {
+            Self::Qemu => qemu::run(boot, console),
+            Self::Bochs => bochs::run(project, boot, console),
+        }
+    }
+}
+
+impl fmt::Display for Platform {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Qemu => "qemu",
+            Self::Bochs => "bochs",
+        })
+    }
+}
+
+/// One boot of the image.
+pub struct Boot<'a> {
+    /// The boot ELF.
+    pub image: &'a Path,
+    /// Umbra's arguments.
+    pub arguments: &'a [String],
+    /// The guest archive, if the guest is not one that the image carries.
+    pub archive: Option<&'a Path>,
+    /// The emulated machine's memory in MiB: the guest's, and what Umbra and Hermit need.
+    pub memory_mib: u64,
+    /// When to give up.
+    pub limit: Option<Duration>,
+    /// A directory for this boot's files.
+    pub work: &'a Path,
+}
+
+/// How a boot ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// Umbra ended by itself, with this exit code.
+    Exit(u8),
+    /// The machine ended or was ended without an exit code, for this reason.
+    Failed(String),
+}
+
+impl Ending {
+    fn too_long(limit: Option<Duration>) -> Self {
+        let seconds = limit.unwrap_or_default().as_secs();
+        Self::Failed(format!("still running after {seconds} s; killed"))
+    }
+}
+
+/// Whether the console is shown while it is recorded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Show {
+    /// On the standard output, as it comes.
+    Live,
+    /// Not at all.
+    Nothing,
+}
+
+/// The machine's serial console, recorded.
+#[derive(Clone)]
+pub struct Console {
+    show: Show,
+    start: Instant,
+    recorded: Arc<Mutex<Vec<u8>>>,
+}
+
+impl Console {
+    /// A console that has seen nothing yet.
+    pub fn new(show: Show) -> Self {
+        Self {
+            show,
+            start: Instant::now(),
+            recorded: Arc::default(),
+        }
+    }
+
+    /// Reads a machine's serial output to its end.
+    fn record(&self, mut output: impl Read) {
+        let mut buffer = [0; 4096];
+        loop {
+            let length = match output.read(&mut buffer) {
+                Ok(0) => return,
+                Ok(length) => length,
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
+                Err(_) => return,
+            };
+            if let Ok(mut recorded) = self.recorded.lock() {
+                recorded.extend_from_slice(&buffer[..length]);
+            }
+            if self.show == Show::Live {
+                let mut terminal = std::io::stdout().lock();
+                // A closed terminal is no reason to stop the machine.
+                let _ = terminal
+                    .write_all(&buffer[..length])
+                    .and_then(|()| terminal.flush());
+            }
+        }
+    }
+
+    /// What was printed until now, without carriage returns.
+    pub fn text(&self) -> String {
+        let recorded = self
+            .recorded
+            .lock()
+            .map(|bytes| bytes.clone())
+            .unwrap_or_default();
+        String::from_utf8_lossy(&recorded).replace('\r', "")
+    }
+
+    /// How long ago the machine was started.
+    pub fn elapsed(&self) -> Duration {
+        self.start.elapsed()
+    }
+}

@@ -1,0 +1,144 @@
+//! What a finished run says: the exit code that the machine gave, and the report line that must agree
+//! with it.
+
+use umbra_report::{ExitCode, Report};
+
+use crate::build::Application;
+use crate::platform::Ending;
+
+/// The number in the last `exit status N` line of a console. Guests print to the same console, but
+/// none prints after Umbra has ended.
+pub fn exit_status(console: &str) -> Option<u8> {
+    let lines = console.lines().rev();
+    lines
+        .filter_map(|line| line.trim().strip_prefix("exit status "))
+        .find_map(|n| n.parse().ok())
+}
+
+/// How a run ended, after the machine's word and Umbra's were compared.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Result {
+    /// The exit code of the run.
+    pub code: u8,
+    /// Umbra's report, if it gave one.
+    pub report: Option<Report>,
+    /// What is wrong with the run itself, apart from what the guest did.
+    pub problem: Option<String>,
+}
+
+/// Compares how the machine ended with what the console says. Success needs proof on the console,
+/// because some machines end with 0 without having run anything.
+pub fn judge(ending: Ending, console: &str, application: Application) -> Result {
+    let report = Report::from_console(console);
+    let (code, problem) = match (ending, &report) {
+        (Ending::Failed(reason), _) => (ExitCode::GuestFailed.as_u8(), Some(reason)),
+        (Ending::Exit(code), _) if application != Application::Umbra => {
+            let proven = exit_status(console) == Some(code);
+            let problem =
+                format!("the run ended with {code}, but no line says `exit status {code}`");
+            (code, (!proven).then_some(problem))
+        }
+        (Ending::Exit(0), Err(error)) => (
+            ExitCode::GuestFailed.as_u8(),
+            Some(format!("the run ended with 0, but: {error}")),
+        ),
+        (Ending::Exit(code), Ok(report)) if report.exit_code.as_u8() != code => {
+            let reported = report.exit_code;
+            let code = if code == 0 {
+                reported.as_u8().max(1)
+            } else {
+                code
+            };
+            (
+                code,
+                Some(format!(
+                    "the run ended with {code}, but the report says {reported}"
+                )),
+            )
+        }
+        (Ending::Exit(code), _) => (code, None),
+    };
+    Result {
+        code,
+        report: report.ok(),
+        problem,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use umbra_report::Outcome;
+
+    use super::*;
+
+    fn judge(ending: Ending, console: &str) -> Result {
+        super::judge(ending, console, Application::Umbra)
+    }
+
+    fn console(outcome: Outcome) -> String {
+        format!(
+            "hello\n{}\nexit status x\n",
+            Report::new("hello", outcome, "done").line()
+        )
+    }
+
+    #[test]
+    fn the_last_exit_status_counts() {
+        assert_eq!(
+            exit_status("exit status 0\nhello\nexit status 6\n"),
+            Some(6)
+        );
+        assert_eq!(exit_status("exit status 0\nexit status x\n"), Some(0));
+        assert_eq!(exit_status("the exit status 0\n"), None);
+        assert_eq!(exit_status("exit status 300\n"), None);
+    }
+
+    #[test]
+    fn success_needs_the_report() {
+        let success = judge(Ending::Exit(0), &console(Outcome::Succeeded));
+        assert_eq!((success.code, success.problem), (0, None));
+        let silent = judge(Ending::Exit(0), "hello\n");
+        assert_eq!(silent.code, 1);
+        assert!(
+            silent
+                .problem
+                .is_some_and(|problem| problem.contains("no UMBRA-REPORT"))
+        );
+    }
+
+    #[test]
+    fn other_applications_need_the_exit_status() {
+        let judge = |console| {
+            super::judge(Ending::Exit(0), console, Application::LowMemoryCallback)
+                .problem
+                .is_none()
+        };
+        assert!(judge("exit status 0\n"));
+        assert!(!judge("") && !judge("exit status 1\n"));
+    }
+
+    #[test]
+    fn a_failure_needs_none() {
+        let early = judge(Ending::Exit(2), "umbra-boot: no memory map\n");
+        assert_eq!((early.code, early.problem, early.report), (2, None, None));
+    }
+
+    #[test]
+    fn contradictions_are_problems() {
+        let contradiction = judge(Ending::Exit(0), &console(Outcome::TripleFault));
+        assert_eq!(contradiction.code, 6);
+        assert!(contradiction.problem.is_some());
+    }
+
+    #[test]
+    fn a_killed_machine_is_no_success() {
+        let killed = judge(
+            Ending::Failed("killed".into()),
+            &console(Outcome::Succeeded),
+        );
+        assert_eq!(
+            (killed.code, killed.problem.as_deref()),
+            (1, Some("killed"))
+        );
+    }
+}

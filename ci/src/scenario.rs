@@ -1,0 +1,410 @@
+//! A scenario: what to boot, where, and what must come of it. One TOML file each, in `ci/scenarios`.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use serde::Deserialize;
+use umbra_report::{Outcome, Report};
+
+use crate::build::Application;
+use crate::input::BadInput;
+use crate::keys::{self, Keys, LEAF};
+use crate::platform::Platform;
+use crate::report;
+
+/// What a scenario file holds. Everything but `exit_code` may be left out.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Scenario {
+    /// The file's name without `.toml`.
+    #[serde(skip)]
+    pub name: String,
+    /// What it shows, in one line.
+    #[allow(dead_code, reason = "for the reader of the file")]
+    about: Option<String>,
+    /// Where it runs: everywhere, unless this says otherwise.
+    #[serde(default = "everywhere")]
+    pub platforms: Vec<Platform>,
+    /// The Hermit application that is booted.
+    #[serde(default)]
+    pub application: Application,
+    /// One of our own guests by name, or a file by its path relative to the scenario's.
+    pub guest: Option<String>,
+    /// Only so many bytes of the guest are passed on.
+    pub truncate_guest: Option<usize>,
+    /// The guest's first module, by its path relative to the scenario's.
+    pub initrd: Option<PathBuf>,
+    /// The guest's command line.
+    append: Option<String>,
+    /// The guest's memory, as in `64M`.
+    memory: Option<String>,
+    /// The most shadow pages that the guest may use.
+    mmu_pages: Option<u64>,
+    /// After how many seconds Umbra shall stop the guest.
+    watchdog: Option<u64>,
+    /// More arguments for Umbra, which nobody checks before.
+    #[serde(default)]
+    arguments: Vec<String>,
+    /// After how many seconds of wall time the machine is killed.
+    #[serde(default = "two_minutes")]
+    limit: u64,
+    /// The exit code of the run.
+    exit_code: u8,
+    /// Texts on the console, in this order.
+    #[serde(default)]
+    console: Vec<String>,
+    /// Texts that must not be on the console.
+    #[serde(default)]
+    forbid: Vec<String>,
+    /// What the report's fields must be.
+    #[serde(default)]
+    report: BTreeMap<String, Expectation>,
+    /// The directory of the file.
+    #[serde(skip)]
+    directory: PathBuf,
+}
+
+const KEYS: Keys = Keys(&[
+    ("about", LEAF),
+    ("platforms", LEAF),
+    ("application", LEAF),
+    ("guest", LEAF),
+    ("truncate_guest", LEAF),
+    ("initrd", LEAF),
+    ("append", LEAF),
+    ("memory", LEAF),
+    ("mmu_pages", LEAF),
+    ("watchdog", LEAF),
+    ("arguments", LEAF),
+    ("limit", LEAF),
+    ("exit_code", LEAF),
+    ("console", LEAF),
+    ("forbid", LEAF),
+    ("report", LEAF),
+]);
+
+fn everywhere() -> Vec<Platform> {
+    Platform::ALL.to_vec()
+}
+
+fn two_minutes() -> u64 {
+    120
+}
+
+/// What a field of the report must be.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(untagged)]
+enum Expectation {
+    Text(String),
+    Number(u64),
+    Bounds(Bounds),
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Bounds {
+    #[serde(default)]
+    min: u64,
+    #[serde(default = "no_bound")]
+    max: u64,
+}
+
+fn no_bound() -> u64 {
+    u64::MAX
+}
+
+impl Scenario {
+    /// Reads every scenario of a directory, in the order of their names.
+    ///
+    /// # Errors
+    /// The first mistake in any of them.
+    pub fn read_all(directory: &Path) -> Result<Vec<Self>> {
+        let entries = fs::read_dir(directory)
+            .with_context(|| format!("cannot read {}", directory.display()))?;
+        let mut paths: Vec<_> = entries
+            .map(|entry| Ok(entry?.path()))
+            .collect::<Result<Vec<_>>>()?
+            .into_iter()
+            .filter(|path| {
+                path.extension()
+                    .is_some_and(|extension| extension == "toml")
+            })
+            .collect();
+        paths.sort();
+        paths.iter().map(|path| Self::read(path)).collect()
+    }
+
+    fn read(path: &Path) -> Result<Self> {
+        let text =
+            fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+        Self::parse(path, &text)
+    }
+
+    fn parse(path: &Path, text: &str) -> Result<Self> {
+        let mut scenario: Self =
+            keys::parse(path, text, &KEYS).map_err(|error| BadInput(error.to_string()))?;
+        scenario.name = path
+            .file_stem()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
+        scenario.directory = path.parent().unwrap_or(Path::new("")).to_path_buf();
+        let known = fields(&Report::new("", Outcome::Succeeded, ""));
+        for field in scenario
+            .report
+            .keys()
+            .filter(|field| !field.starts_with("exits."))
+        {
+            if !known.contains_key(field) {
+                let hint = keys::suggestion(field, known.keys().map(String::as_str));
+                let place = path.display();
+                let message = format!("{place}: the report has no field `{field}`; {hint}");
+                return Err(BadInput(message).into());
+            }
+        }
+        Ok(scenario)
+    }
+
+    /// Umbra's arguments.
+    pub fn umbra_arguments(&self) -> Vec<String> {
+        let name = self.guest.as_deref().map(crate::run::guest_name);
+        let options = [
+            ("--guest", name),
+            ("--append", self.append.clone()),
+            ("--memory", self.memory.clone()),
+            ("--mmu-pages", self.mmu_pages.map(|pages| pages.to_string())),
+            (
+                "--timeout",
+                self.watchdog.map(|seconds| seconds.to_string()),
+            ),
+        ];
+        let options = options
+            .into_iter()
+            .filter_map(|(option, value)| Some(format!("{option}={}", value?)));
+        options.chain(self.arguments.iter().cloned()).collect()
+    }
+
+    /// Umbra's arguments that the scenario's own fields stand for, without the unchecked ones.
+    pub fn memory_arguments(&self) -> Vec<String> {
+        self.memory
+            .iter()
+            .map(|memory| format!("--memory={memory}"))
+            .collect()
+    }
+
+    /// When the machine is killed.
+    pub fn limit(&self) -> Duration {
+        Duration::from_secs(self.limit)
+    }
+
+    /// A path in the scenario, which is relative to its file.
+    pub fn path(&self, path: &Path) -> PathBuf {
+        self.directory.join(path)
+    }
+
+    /// What is not as it should be about a run; nothing if it passed.
+    pub fn failures(
+        &self,
+        platform: Platform,
+        result: &report::Result,
+        console: &str,
+    ) -> Vec<String> {
+        let mut failures: Vec<_> = result.problem.iter().cloned().collect();
+        if result.code != self.exit_code {
+            failures.push(format!(
+                "exit code {}, expected {}",
+                result.code, self.exit_code
+            ));
+        }
+        let mut rest = console;
+        for text in &self.console {
+            match rest.split_once(text.as_str()) {
+                Some((_, after)) => rest = after,
+                None => failures.push(format!("the console lacks `{text}`, or has it too early")),
+            }
+        }
+        for text in self
+            .forbid
+            .iter()
+            .filter(|text| console.contains(text.as_str()))
+        {
+            failures.push(format!("the console has `{text}`"));
+        }
+        match &result.report {
+            Some(report) => {
+                if report
+                    .driver
+                    .is_some_and(|driver| driver != platform.driver())
+                {
+                    failures.push(format!("driver {:?} ran the guest", report.driver));
+                }
+                failures.extend(self.report_failures(report));
+            }
+            None if !self.report.is_empty() => failures.push("there is no report".to_owned()),
+            None => {}
+        }
+        failures
+    }
+
+    fn report_failures(&self, report: &Report) -> Vec<String> {
+        let values = fields(report);
+        let exits = values.get("exits").and_then(serde_json::Value::as_object);
+        let mut failures = Vec::new();
+        for (field, expected) in &self.report {
+            let value = match field.strip_prefix("exits.") {
+                Some(reason) => exits.and_then(|exits| exits.get(reason)),
+                None => values.get(field),
+            };
+            let number = value.and_then(serde_json::Value::as_u64);
+            let is_met = match expected {
+                Expectation::Text(text) => value.and_then(serde_json::Value::as_str) == Some(text),
+                Expectation::Number(expected) => number == Some(*expected),
+                Expectation::Bounds(bounds) => {
+                    number.is_some_and(|number| (bounds.min..=bounds.max).contains(&number))
+                }
+            };
+            if !is_met {
+                let value = value.map_or("nothing".to_owned(), ToString::to_string);
+                failures.push(format!(
+                    "the report's {field} is {value}, expected {expected:?}"
+                ));
+            }
+        }
+        failures
+    }
+}
+
+fn fields(report: &Report) -> serde_json::Map<String, serde_json::Value> {
+    match serde_json::to_value(report) {
+        Ok(serde_json::Value::Object(fields)) => fields,
+        other => unreachable!("a report is a JSON object, not {other:?}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Scenario> {
+        Scenario::parse(Path::new("dir/example.toml"), text)
+    }
+
+    fn result(code: u8, report: Option<Report>) -> report::Result {
+        report::Result {
+            code,
+            report,
+            problem: None,
+        }
+    }
+
+    #[test]
+    fn a_scenario_is_read() {
+        let text = "guest = \"hello\"\nmemory = \"32M\"\nwatchdog = 3\nexit_code = 7\n\
+                    platforms = [\"bochs\"]\narguments = [\"--mmu-page\"]\n";
+        let scenario = parse(text).unwrap();
+        assert_eq!(scenario.name, "example");
+        assert_eq!(scenario.platforms, [Platform::Bochs]);
+        let arguments = ["--guest=hello", "--memory=32M", "--timeout=3", "--mmu-page"];
+        assert_eq!(scenario.umbra_arguments(), arguments);
+        assert_eq!(scenario.path(Path::new("x")), Path::new("dir/x"));
+        assert_eq!(parse("exit_code = 0").unwrap().platforms, Platform::ALL);
+    }
+
+    #[test]
+    fn mistyped_keys_name_the_nearest() {
+        for (text, hint) in [
+            (
+                "exit_code = 0\nguset = \"hello\"",
+                "unknown key `guset`; did you mean `guest`?",
+            ),
+            (
+                "exit_code = 0\n[report]\npf_fixd = 1",
+                "no field `pf_fixd`; did you mean `pf_fixed`?",
+            ),
+            (
+                "exit_code = 0\nplatforms = [\"qemo\"]",
+                "unknown variant `qemo`",
+            ),
+            ("guest = \"hello\"", "missing field `exit_code`"),
+        ] {
+            let error = parse(text).unwrap_err();
+            assert!(error.is::<BadInput>());
+            let error = error.to_string();
+            assert!(error.contains(hint) && !error.contains('\n'), "{error}");
+        }
+    }
+
+    #[test]
+    fn console_texts_must_come_in_order() {
+        let scenario =
+            parse("exit_code = 1\nconsole = [\"one\", \"two\"]\nforbid = [\"bad\"]").unwrap();
+        let failures = |console| {
+            scenario
+                .failures(Platform::Qemu, &result(1, None), console)
+                .len()
+        };
+        assert_eq!(failures("one and two"), 0);
+        assert_eq!(failures("two and one"), 1);
+        assert_eq!(failures("one"), 1);
+        assert_eq!(failures("one two bad"), 1);
+    }
+
+    #[test]
+    fn the_exit_code_must_match() {
+        let scenario = parse("exit_code = 6").unwrap();
+        assert!(
+            scenario
+                .failures(Platform::Qemu, &result(6, None), "")
+                .is_empty()
+        );
+        assert_eq!(
+            scenario
+                .failures(Platform::Qemu, &result(0, None), "")
+                .len(),
+            1
+        );
+    }
+
+    #[test]
+    fn report_fields_are_bounded() {
+        let text = "exit_code = 6\n[report]\noutcome = \"triple-fault\"\npf_taken = { min = 2, max = 3 }\n\
+                    mmu_recycled = 0\n\"exits.cpuid\" = { min = 1 }\n";
+        let scenario = parse(text).unwrap();
+        let mut report = Report::new("x", Outcome::TripleFault, "");
+        report.mmu.pf_taken = 3;
+        report.count_exit("cpuid");
+        let failures = |report: &Report| {
+            scenario
+                .failures(Platform::Qemu, &result(6, Some(report.clone())), "")
+                .len()
+        };
+        assert_eq!(failures(&report), 0);
+        report.mmu.pf_taken = 4;
+        report.mmu.mmu_recycled = 1;
+        report.exits.clear();
+        assert_eq!(failures(&report), 3);
+        assert_eq!(
+            scenario.failures(Platform::Qemu, &result(6, None), ""),
+            ["there is no report"]
+        );
+    }
+
+    #[test]
+    fn the_driver_is_the_platform_s() {
+        let scenario = parse("exit_code = 0").unwrap();
+        let mut report = Report::new("x", Outcome::Succeeded, "");
+        report.driver = Some(umbra_report::Driver::Vmx);
+        let result = result(0, Some(report));
+        assert_eq!(scenario.failures(Platform::Qemu, &result, "").len(), 1);
+        assert!(scenario.failures(Platform::Bochs, &result, "").is_empty());
+    }
+
+    #[test]
+    fn our_own_scenarios_are_read() {
+        let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("scenarios");
+        assert!(!Scenario::read_all(&directory).unwrap().is_empty());
+    }
+}

@@ -1,0 +1,335 @@
+//! `cargo xtask test`: the host tests, then every scenario on each of its platforms.
+
+use std::collections::VecDeque;
+use std::env;
+use std::ffi::OsString;
+use std::fs;
+use std::ops::AddAssign;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Mutex;
+use std::thread;
+
+use anyhow::{Context, Result};
+use clap::Args;
+
+use crate::archive;
+use crate::build::{Application, Builder};
+use crate::command::Step;
+use crate::platform::{Boot, Console, Platform, Show};
+use crate::project::Project;
+use crate::report;
+use crate::run::host_memory_mib;
+use crate::scenario::Scenario;
+use crate::setup;
+
+/// How many machines run at once.
+const AT_ONCE: usize = 2;
+/// How much of a failed run's console is shown, in lines.
+const LINES_SHOWN: usize = 40;
+
+/// The options of `test`.
+#[derive(Args, Debug)]
+pub struct Options {
+    /// Only tests and scenarios whose name contains this
+    filter: Option<String>,
+    /// List what would run, and run nothing
+    #[arg(long)]
+    list: bool,
+}
+
+/// How many tests passed and failed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Count {
+    passed: usize,
+    failed: usize,
+}
+
+impl AddAssign for Count {
+    fn add_assign(&mut self, other: Self) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+    }
+}
+
+/// One scenario on one platform.
+#[derive(Clone)]
+struct Job {
+    scenario: Scenario,
+    platform: Platform,
+}
+
+impl Job {
+    fn name(&self) -> String {
+        format!("{} on {}", self.scenario.name, self.platform)
+    }
+}
+
+/// Runs them; the exit code is 0 if all passed.
+///
+/// # Errors
+/// When a scenario cannot be read, or nothing matches the filter.
+pub fn test(project: &Project, options: &Options) -> Result<u8> {
+    let filter = options.filter.as_deref().unwrap_or_default();
+    let jobs = jobs(project, filter)?;
+    if options.list {
+        for test in list_host_tests(project, filter)? {
+            println!("host test: {test}");
+        }
+        for job in &jobs {
+            println!("scenario: {}", job.name());
+        }
+        return Ok(0);
+    }
+    let mut count = host_tests(project, filter)?;
+    let scenarios = jobs.len();
+    match run_jobs(project, jobs) {
+        Ok(result) => count += result,
+        Err(error) => {
+            println!("FAIL scenarios: {error:#}");
+            count += Count {
+                passed: 0,
+                failed: scenarios,
+            };
+        }
+    }
+    println!("{} passed, {} failed", count.passed, count.failed);
+    Ok(u8::from(count.failed > 0 || count.passed == 0))
+}
+
+fn jobs(project: &Project, filter: &str) -> Result<Vec<Job>> {
+    let scenarios = Scenario::read_all(&project.root().join("ci/scenarios"))?;
+    let jobs = scenarios.into_iter().flat_map(|scenario| {
+        let platforms = scenario.platforms.clone();
+        platforms.into_iter().map(move |platform| Job {
+            scenario: scenario.clone(),
+            platform,
+        })
+    });
+    let mut jobs: Vec<_> = jobs.filter(|job| job.name().contains(filter)).collect();
+    // The slow platform goes first, so that the last machine does not run alone for long.
+    jobs.sort_by_key(|job| std::cmp::Reverse(job.platform));
+    Ok(jobs)
+}
+
+fn cargo_test(project: &Project, filter: &str) -> Command {
+    let cargo = env::var_os("CARGO").unwrap_or_else(|| OsString::from("cargo"));
+    let mut command = Command::new(cargo);
+    command
+        .current_dir(project.root())
+        .args(["test", "--workspace", "--no-fail-fast"]);
+    if !filter.is_empty() {
+        command.arg(filter);
+    }
+    command
+}
+
+fn list_host_tests(project: &Project, filter: &str) -> Result<Vec<String>> {
+    let mut command = cargo_test(project, filter);
+    let output = Step::new("listing the host tests").run(command.args(["--", "--list"]))?;
+    let tests = output.lines().filter(|line| line.ends_with(": test"));
+    Ok(tests
+        .map(|line| line.trim_end_matches(": test").to_owned())
+        .collect())
+}
+
+fn host_tests(project: &Project, filter: &str) -> Result<Count> {
+    let finished = Step::new("host tests").finish(&mut cargo_test(project, filter))?;
+    let mut count = count_host_tests(&finished.output());
+    let succeeded = finished.status.is_some_and(|status| status.success());
+    if !succeeded {
+        println!("{}", finished.tail());
+        // Whatever did not even compile is one failure.
+        count.failed = count.failed.max(1);
+    }
+    println!(
+        "host tests: {} passed, {} failed",
+        count.passed, count.failed
+    );
+    Ok(count)
+}
+
+/// Sums libtest's `test result: ok. 3 passed; 0 failed; …` lines.
+fn count_host_tests(output: &str) -> Count {
+    let mut count = Count::default();
+    for line in output
+        .lines()
+        .filter(|line| line.starts_with("test result: "))
+    {
+        let number = |what: &str| {
+            let before = line.split_once(what)?.0;
+            before.split_whitespace().last()?.parse().ok()
+        };
+        count += Count {
+            passed: number(" passed;").unwrap_or(0),
+            failed: number(" failed;").unwrap_or(0),
+        };
+    }
+    count
+}
+
+/// What every job boots: built once, before the first machine starts.
+struct Images<'a> {
+    builder: Builder<'a>,
+    umbra: Option<PathBuf>,
+    low_memory_callback: Option<PathBuf>,
+}
+
+impl<'a> Images<'a> {
+    fn build(project: &'a Project, jobs: &[Job]) -> Result<Self> {
+        let needs: Vec<_> = Platform::ALL
+            .into_iter()
+            .filter(|platform| jobs.iter().any(|job| job.platform == *platform))
+            .flat_map(Platform::needs)
+            .collect();
+        setup::install(&needs)?;
+        let builder = Builder::new(project)?;
+        let build = |application| {
+            let is_needed = jobs
+                .iter()
+                .any(|job| job.scenario.application == application);
+            is_needed.then(|| builder.boot_elf(application)).transpose()
+        };
+        let umbra = build(Application::Umbra)?;
+        let low_memory_callback = build(Application::LowMemoryCallback)?;
+        Ok(Self {
+            builder,
+            umbra,
+            low_memory_callback,
+        })
+    }
+
+    fn of(&self, application: Application) -> Result<&Path> {
+        let image = match application {
+            Application::Umbra => &self.umbra,
+            Application::LowMemoryCallback => &self.low_memory_callback,
+        };
+        image.as_deref().context("its image was not built")
+    }
+}
+
+fn run_jobs(project: &Project, jobs: Vec<Job>) -> Result<Count> {
+    if jobs.is_empty() {
+        return Ok(Count::default());
+    }
+    let images = Images::build(project, &jobs)?;
+    let queue = Mutex::new(VecDeque::from(jobs));
+    let count = Mutex::new(Count::default());
+    let next = || queue.lock().ok()?.pop_front();
+    thread::scope(|scope| {
+        for _ in 0..AT_ONCE {
+            scope.spawn(|| {
+                while let Some(job) = next() {
+                    let result = run_job(project, &images, &job);
+                    if let Ok(mut count) = count.lock() {
+                        *count += result;
+                    }
+                }
+            });
+        }
+    });
+    count.into_inner().context("a scenario's thread panicked")
+}
+
+fn run_job(project: &Project, images: &Images<'_>, job: &Job) -> Count {
+    let console = Console::new(Show::Nothing);
+    let failures = match boot(project, images, job, &console) {
+        Ok(failures) => failures,
+        Err(error) => vec![format!("{error:#}")],
+    };
+    let seconds = console.elapsed().as_secs_f32();
+    if failures.is_empty() {
+        println!("ok   {} ({seconds:.1} s)", job.name());
+        return Count {
+            passed: 1,
+            failed: 0,
+        };
+    }
+    let text = console.text();
+    let lines: Vec<_> = text.lines().collect();
+    let mut message = vec![format!("FAIL {} ({seconds:.1} s)", job.name())];
+    message.extend(failures.iter().map(|failure| format!("     {failure}")));
+    let shown = &lines[lines.len().saturating_sub(LINES_SHOWN)..];
+    message.extend(shown.iter().map(|line| format!("   | {line}")));
+    println!("{}", message.join("\n"));
+    Count {
+        passed: 0,
+        failed: 1,
+    }
+}
+
+/// Runs a scenario, and returns what is not as it should be.
+fn boot(
+    project: &Project,
+    images: &Images<'_>,
+    job: &Job,
+    console: &Console,
+) -> Result<Vec<String>> {
+    let scenario = &job.scenario;
+    let work = project
+        .target("runs")?
+        .join(format!("{}-{}", scenario.name, job.platform));
+    fs::create_dir_all(&work)?;
+    let archive = pack_guest(images, scenario, &work)?;
+    let boot = Boot {
+        image: images.of(scenario.application)?,
+        arguments: &scenario.umbra_arguments(),
+        archive: archive.as_deref(),
+        memory_mib: host_memory_mib(&scenario.memory_arguments())?,
+        limit: Some(scenario.limit()),
+        work: &work,
+    };
+    let ending = job.platform.run(project, &boot, console)?;
+    let text = console.text();
+    fs::write(work.join("console"), &text)?;
+    let result = report::judge(ending, &text, scenario.application);
+    Ok(scenario.failures(job.platform, &result, &text))
+}
+
+fn pack_guest(images: &Images<'_>, scenario: &Scenario, work: &Path) -> Result<Option<PathBuf>> {
+    let Some(name) = &scenario.guest else {
+        return Ok(None);
+    };
+    let file = scenario.path(Path::new(name));
+    let path = if file.is_file() {
+        file
+    } else {
+        images.builder.guest(name)?
+    };
+    let read =
+        |path: &Path| fs::read(path).with_context(|| format!("cannot read {}", path.display()));
+    let mut guest = read(&path)?;
+    guest.truncate(scenario.truncate_guest.unwrap_or(usize::MAX));
+    let initrd = scenario
+        .initrd
+        .as_deref()
+        .map(|initrd| read(&scenario.path(initrd)))
+        .transpose()?;
+    let archive = work.join("guest.tar");
+    fs::write(&archive, archive::guest(&guest, initrd.as_deref())?)?;
+    Ok(Some(archive))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn libtest_s_results_are_summed() {
+        let output = "running 2 tests\ntest a ... ok\n\
+            test result: FAILED. 1 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out\n\
+            the guest said: 5 passed; 5 failed;\n\
+            test result: ok. 12 passed; 0 failed; 3 ignored; 0 measured; 0 filtered out; finished in 0.00s\n";
+        assert_eq!(
+            count_host_tests(output),
+            Count {
+                passed: 13,
+                failed: 1
+            }
+        );
+        assert_eq!(
+            count_host_tests("error: could not compile"),
+            Count::default()
+        );
+    }
+}
