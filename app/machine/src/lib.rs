@@ -1,1 +1,30 @@
+//! The guest's virtual PC: devices behind one bus, and the policy for CPUID, control registers and
+//! model-specific registers.
+//!
+//! | module | what |
+//! | --- | --- |
+//! | [`machine`] | the bus: all devices, ports, MMIO, time, interrupts |
+//! | [`devices`] | one module for each device |
+//! | [`processor`] | CPUID, control registers and MSRs as the guest sees them |
+//! | [`time`] | guest time and the time-stamp counter |
+//! | [`access_log`] | counts of accesses to what is not there |
+//!
+//! Protocol: after each exit the run loop tells the machine the time ([`Machine::advance`]), then
+//! carries out the access, then asks for what follows: an end of the guest
+//! ([`Machine::take_shutdown`]), an interrupt ([`Machine::pending_interrupt`], and
+//! [`Machine::acknowledge_interrupt`] when the guest can take it), and the time at which the machine
+//! needs it again ([`Machine::next_deadline`]). The machine touches no hardware and no guest memory.
+//! Guests are hostile: every port, address, width and value is answered, in bounded memory.
 #![no_std]
+#![deny(unsafe_code)]
+
+extern crate alloc;
+
+pub mod access_log;
+pub mod devices;
+pub mod machine;
+pub mod processor;
+pub mod time;
+
+pub use machine::{Configuration, ConsoleOutput, Machine, NoDevice, Shutdown};
+pub use time::{GuestTime, TimeBase};
