@@ -1,0 +1,453 @@
+//! The page-fault handler: walk the guest's tables, then make the shadow's path say the same.
+
+use crate::error::{MmuError, NoPageAvailable};
+use crate::host::{Host, SlotId, Touch};
+use crate::level::Level;
+use crate::page::{ActivePage, ShadowPage};
+use crate::registers::{
+    AccessKind, Attempt, Fault, Format, GuestPaging, Marking, PageFault, Rights,
+};
+use crate::role::Role;
+use crate::slot::SlotFlags;
+use crate::spte::Spte;
+use crate::state::{Core, Target};
+use crate::walk::{Walk, WalkEnd};
+use core::sync::atomic::Ordering;
+use umbra_vcpu::address::{Gfn, Gpa, Gva, Pfn};
+
+/// Why an MMIO access cannot go to memory.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum MmioTarget {
+    /// No memory slot holds the address.
+    NoSlot,
+    /// The slot is read-only, and this is a write.
+    ReadOnlySlot,
+}
+
+/// What to do after a page fault.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum FaultOutcome {
+    /// Enter the guest again: the access will go through, or fault anew for another reason.
+    Fixed,
+    /// The guest's own fault: set CR2 and inject #PF.
+    Inject(PageFault),
+    /// Emulate the instruction.
+    Mmio {
+        /// The guest-physical address.
+        gpa: Gpa,
+        /// What the instruction does there.
+        access: AccessKind,
+        /// What is there.
+        target: MmioTarget,
+    },
+}
+
+/// How an attempt to handle a fault under the lock ended.
+pub(crate) enum Step {
+    Done(FaultOutcome),
+    /// The page has no memory yet; it has to be allocated without the lock.
+    Allocate {
+        slot: SlotId,
+        page: u64,
+    },
+}
+
+/// Pages, frames and translation arrays that one fault can use: one a level below the root.
+pub(crate) const FAULT_PAGES: usize = 4;
+
+impl<H: Host> Core<'_, H> {
+    /// Handles a fault of the virtual CPU whose root pages are `roots`.
+    pub fn handle_fault(
+        &mut self,
+        paging: &GuestPaging,
+        root: Option<ActivePage>,
+        fault: &Fault,
+    ) -> Result<Step, MmuError> {
+        let attempt = Attempt::of_fault(fault);
+        let gva = match paging.format {
+            Format::Long4 | Format::Long5 => fault.gva,
+            _ => Gva::new(fault.gva.as_u64() & 0xffff_ffff),
+        };
+        if let Some(outcome) = self.fast_mmio(paging, root, gva, attempt) {
+            return Ok(Step::Done(outcome));
+        }
+        let walk = match self.walk(paging, gva, attempt, Marking::SetAccessedDirty) {
+            Ok(walk) => walk,
+            Err(WalkEnd::Changed) => return Ok(Step::Done(FaultOutcome::Fixed)),
+            Err(WalkEnd::Fault(page_fault)) => {
+                return Ok(Step::Done(FaultOutcome::Inject(page_fault)));
+            }
+        };
+        let writes = attempt.kind == AccessKind::Write;
+        let gpa = Gpa::new(walk.gfn.base().as_u64() | gva.page_offset());
+        let mmio = |target| FaultOutcome::Mmio {
+            gpa,
+            access: attempt.kind,
+            target,
+        };
+        let Some(slot) = self.state.slots.usable(walk.gfn) else {
+            if let Some(root) = root {
+                self.reserve_path(root, &walk, gva, Level::One)?;
+                self.fill(root, gva, &walk, attempt, None);
+            }
+            return Ok(Step::Done(mmio(MmioTarget::NoSlot)));
+        };
+        let (id, page) = (slot.memory.id, slot.page(walk.gfn));
+        if writes && slot.memory.flags.contains(SlotFlags::READ_ONLY) {
+            return Ok(Step::Done(mmio(MmioTarget::ReadOnlySlot)));
+        }
+        let Ok(Some(frame)) = self.host.frame(id, page, Touch::Peek) else {
+            return Ok(Step::Allocate { slot: id, page });
+        };
+        // The root may have been zapped meanwhile; the next entry loads another.
+        if let Some(root) = root {
+            let level = self.mapping_level(root, &walk);
+            self.reserve_path(root, &walk, gva, level)?;
+            self.fill(root, gva, &walk, attempt, Some((frame, level)));
+        }
+        Ok(Step::Done(FaultOutcome::Fixed))
+    }
+
+    /// The largest page that guest, host, slot and shadowed tables allow around the address.
+    fn mapping_level(&self, root: ActivePage, walk: &Walk) -> Level {
+        let Some(slot) = self.state.slots.usable(walk.gfn) else {
+            return Level::One;
+        };
+        if slot.memory.flags.contains(SlotFlags::LOG_DIRTY) {
+            return Level::One;
+        }
+        // A PAE page directory is the highest table that has entries of its own.
+        let structural = match self.state.pages[root.id()].role.level {
+            Level::Two => Level::Two,
+            _ => Level::Three,
+        };
+        let limit = walk
+            .leaf
+            .min(structural)
+            .min(self.config.largest_mapping)
+            .min(slot.largest_allowed(walk.gfn));
+        if limit == Level::One {
+            return limit;
+        }
+        limit.min(self.host.mapping_level(slot.memory.id, slot.page(walk.gfn)))
+    }
+
+    /// The page below `parent` on the path of `walk`: frame and role.
+    fn child(&self, parent: ActivePage, index: usize, gva: Gva, walk: &Walk) -> (Gfn, Role) {
+        let page = &self.state.pages[parent.id()];
+        let level = page.role.level;
+        let below = level.below().unwrap_or(Level::One);
+        if level > walk.leaf {
+            let rights =
+                page.role.rights & page.role.entries().rights(walk.entries[level.slot()].value);
+            (
+                walk.entries[below.slot()].table,
+                page.role.of_table_below(index, below, rights),
+            )
+        } else {
+            let _ = gva;
+            (
+                level.align(walk.gfn),
+                page.role.of_direct_below(below, walk.rights),
+            )
+        }
+    }
+
+    /// Makes sure that the pages missing on the path can be made: the fault's exact worst case.
+    fn reserve_path(
+        &mut self,
+        root: ActivePage,
+        walk: &Walk,
+        gva: Gva,
+        level: Level,
+    ) -> Result<(), MmuError> {
+        let missing = self.missing(root, walk, gva, level);
+        if missing == 0 {
+            Ok(())
+        } else {
+            self.make_pages_available(missing).map_err(MmuError::from)
+        }
+    }
+
+    fn missing(&self, root: ActivePage, walk: &Walk, gva: Gva, target: Level) -> usize {
+        let mut page = root;
+        loop {
+            let level = self.state.pages[page.id()].role.level;
+            if level <= target {
+                return 0;
+            }
+            let index = level.index(gva);
+            let spte = self.load(page.id(), index);
+            let (gfn, role) = self.child(page, index, gva, walk);
+            let existing = match self.existing_child(page, index, spte) {
+                Some(child) if self.matches(child, gfn, role) => Some(child),
+                _ => self.find(gfn, role),
+            };
+            match existing {
+                Some(child) => page = child,
+                None => return usize::from(level.number() - target.number()),
+            }
+        }
+    }
+
+    fn existing_child(&self, page: ActivePage, index: usize, spte: Spte) -> Option<ActivePage> {
+        if spte.is_empty() || self.is_leaf(page.id(), spte) {
+            return None;
+        }
+        match self.target(page.id(), index, spte) {
+            Target::Page(child) => self.state.pages.active(child),
+            Target::Leaf { .. } => None,
+        }
+    }
+
+    /// A child is used again only if frame *and* role are those that are wanted now.
+    fn matches(&self, child: ActivePage, gfn: Gfn, role: Role) -> bool {
+        let page = &self.state.pages[child.id()];
+        page.gfn == gfn && page.role == role && page.generation == self.state.generation
+    }
+
+    fn find(&self, gfn: Gfn, role: Role) -> Option<ActivePage> {
+        let found = self.state.pages.of(gfn).find(|id| {
+            let page = &self.state.pages[*id];
+            page.role == role && page.generation == self.state.generation
+        });
+        found.and_then(|id| self.state.pages.active(id))
+    }
+
+    /// Makes the path of `walk` and its last entry. A page for every missing level is reserved.
+    fn fill(
+        &mut self,
+        root: ActivePage,
+        gva: Gva,
+        walk: &Walk,
+        attempt: Attempt,
+        memory: Option<(Pfn, Level)>,
+    ) {
+        let target = memory.map_or(Level::One, |(_, level)| level);
+        let mut page = root;
+        loop {
+            let level = self.state.pages[page.id()].role.level;
+            if !self.is_current(page, walk) {
+                return;
+            }
+            let index = level.index(gva);
+            if level <= target {
+                self.fill_leaf(page, index, walk, attempt, memory);
+                return;
+            }
+            let (gfn, role) = self.child(page, index, gva, walk);
+            let spte = self.load(page.id(), index);
+            page = match self.existing_child(page, index, spte) {
+                Some(child) if self.matches(child, gfn, role) => {
+                    self.state.pages[child.id()].write_flooding = 0;
+                    child
+                }
+                _ => {
+                    self.drop_entry(page.id(), index);
+                    let Some(child) = self.get_page(gfn, role) else {
+                        return;
+                    };
+                    // To get the page may have taken a flush, in which another processor changed
+                    // the entry that leads to it, or another walk zapped the parent.
+                    if self.state.pages.active(page.id()).is_none() || !self.is_current(page, walk)
+                    {
+                        return;
+                    }
+                    self.link(page, index, child);
+                    child
+                }
+            };
+        }
+    }
+
+    /// Whether the guest's entry in `page`'s table is still what the walk read.
+    fn is_current(&self, page: ActivePage, walk: &Walk) -> bool {
+        let role = self.state.pages[page.id()].role;
+        if role.is_direct() {
+            return true;
+        }
+        let entry = walk.entries[role.level.slot()];
+        self.read_guest(role.format, entry.table, entry.offset) == entry.value
+    }
+
+    fn fill_leaf(
+        &mut self,
+        page: ActivePage,
+        index: usize,
+        walk: &Walk,
+        attempt: Attempt,
+        memory: Option<(Pfn, Level)>,
+    ) {
+        let Some((frame, level)) = memory else {
+            self.map_mmio(page, index, walk.gfn, walk.rights);
+            return;
+        };
+        let gfn = level.align(walk.gfn);
+        let frame = Pfn::new(frame.as_u64() & !(level.pages() - 1));
+        let writes = attempt.kind == AccessKind::Write;
+        if writes && level == Level::One && self.is_tracked(gfn) {
+            self.allow_table_writes(gfn);
+            if self.state.pages.active(page.id()).is_none() {
+                return;
+            }
+        }
+        let granted = self.granted(gfn, level, walk.rights, attempt.kind);
+        self.map(page, index, gfn, frame, walk.rights, granted);
+        self.prefetch(page, index);
+    }
+
+    /// What of the guest's `rights` the hardware may have right now.
+    fn granted(&mut self, gfn: Gfn, level: Level, rights: Rights, kind: AccessKind) -> Rights {
+        if !rights.contains(Rights::WRITE) {
+            return rights;
+        }
+        let tracked = level == Level::One && self.is_tracked(gfn);
+        let Some(slot) = self.state.slots.of(gfn) else {
+            return rights - Rights::WRITE;
+        };
+        let flags = slot.memory.flags;
+        if tracked || flags.contains(SlotFlags::READ_ONLY) {
+            return rights - Rights::WRITE;
+        }
+        if flags.contains(SlotFlags::LOG_DIRTY) {
+            if kind != AccessKind::Write {
+                return rights - Rights::WRITE;
+            }
+            slot.mark_dirty(gfn);
+        }
+        rights
+    }
+
+    /// Fills empty neighbours of a level-1 entry whose guest entries are accessed already, as a
+    /// processor may at any time.
+    fn prefetch(&mut self, page: ActivePage, index: usize) {
+        let id = page.id();
+        let role = self.state.pages[id].role;
+        if role.is_direct() || role.level != Level::One || self.config.prefetch <= 1 {
+            return;
+        }
+        let first = index & !(self.config.prefetch - 1);
+        for neighbour in first..(first + self.config.prefetch).min(512) {
+            if neighbour == index || !self.load(id, neighbour).is_empty() {
+                continue;
+            }
+            let crate::sync::Wanted::Leaf { gfn, rights } = self.wanted(id, neighbour) else {
+                continue;
+            };
+            let Some(frame) = self.resolve(gfn) else {
+                continue;
+            };
+            if self.state.nodes.available() < FAULT_PAGES * 2 {
+                return;
+            }
+            let granted = self.granted(gfn, Level::One, rights, AccessKind::Read);
+            self.map(page, neighbour, gfn, frame, rights, granted);
+            self.state.counters.mmu_prefetched += 1;
+        }
+    }
+
+    /// The page with this frame and role, up to date; made if there is none.
+    ///
+    /// `None` only if the caller reserved too little, which the audit would show.
+    pub fn get_page(&mut self, gfn: Gfn, role: Role) -> Option<ActivePage> {
+        if let Some(page) = self.find(gfn, role) {
+            self.state.pages[page.id()].write_flooding = 0;
+            // Nobody has to flush for a translation that is new, so what is linked must be fresh,
+            // and with it everything below.
+            if role.level == Level::One {
+                self.sync_page(page);
+            } else if !role.is_direct() {
+                self.sync_all();
+            }
+            return Some(page);
+        }
+        let needs_translations = !(role.is_direct() && role.level == Level::One);
+        let frame = self.state.caches.frames.pop();
+        let translations = if needs_translations {
+            self.state.caches.translations.pop()
+        } else {
+            None
+        };
+        let (Some(frame), true) = (frame, translations.is_some() == needs_translations) else {
+            debug_assert!(false, "the caches were not topped up");
+            self.state.caches.frames.extend(frame);
+            return None;
+        };
+        self.state.counters.mmu_cache_miss += 1;
+        self.state.used += 1;
+        self.state.reserved -= 1;
+        let page = self.state.pages.insert(ShadowPage {
+            gfn,
+            role,
+            frame,
+            translations,
+            generation: self.state.generation,
+            ..ShadowPage::default()
+        });
+        if !role.is_direct() {
+            if let Some(slot) = self.state.slots.of(gfn) {
+                slot.disallow_large(gfn);
+            }
+            self.write_protect(gfn);
+            self.flush();
+        }
+        Some(page)
+    }
+
+    /// Answers an access to an MMIO page from the shadow alone.
+    fn fast_mmio(
+        &mut self,
+        paging: &GuestPaging,
+        root: Option<ActivePage>,
+        gva: Gva,
+        attempt: Attempt,
+    ) -> Option<FaultOutcome> {
+        let mut page = root?.id();
+        loop {
+            let level = self.state.pages[page].role.level;
+            let index = level.index(gva);
+            let spte = self.load(page, index);
+            if spte.is_empty() {
+                return None;
+            }
+            match self.target(page, index, spte) {
+                Target::Page(child) => page = child,
+                Target::Leaf { gfn, .. } => {
+                    let (generation, rights) = spte.as_mmio()?;
+                    // Keys and write-enabled pages are left to the whole walk.
+                    if generation != self.state.mmio_generation
+                        || paging.protection_keys
+                        || (attempt.kind == AccessKind::Write && !rights.contains(Rights::WRITE))
+                        || (!paging.write_protect && !rights.contains(Rights::USER))
+                        || paging.forbids(attempt, rights, 0).is_some()
+                    {
+                        return None;
+                    }
+                    self.state.counters.pf_mmio_fast += 1;
+                    return Some(FaultOutcome::Mmio {
+                        gpa: Gpa::new(gfn.base().as_u64() | gva.page_offset()),
+                        access: attempt.kind,
+                        target: MmioTarget::NoSlot,
+                    });
+                }
+            }
+        }
+    }
+
+    /// The error of a VM that gets no more pages.
+    pub fn no_page_available(&self, needed: usize) -> NoPageAvailable {
+        let pinned = self
+            .state
+            .pages
+            .ids()
+            .filter(|id| self.state.pages[*id].root_count > 0)
+            .count();
+        let _ = self.root_epoch.load(Ordering::Relaxed);
+        NoPageAvailable {
+            needed,
+            used: self.state.used,
+            limit: self.state.limit.min(self.budget.limit()),
+            pinned,
+        }
+    }
+}

@@ -1,0 +1,763 @@
+//! The public face: one [`Mmu`] a VM, one [`Vcpu`] a virtual CPU.
+//!
+//! Each operation takes the VM's lock once it has all the memory that it may need, does its work on
+//! the [`Core`], and sends what flush is pending before it lets go of the lock.
+
+use crate::arena::Storage;
+use crate::budget::Budget;
+use crate::config::MmuConfig;
+use crate::error::MmuError;
+use crate::fault::{FAULT_PAGES, FaultOutcome, Step};
+use crate::host::{Host, SlotId, Touch, Zone};
+use crate::level::{ENTRIES, Level};
+use crate::page::{MAXIMUM_PAGES, PageId, PageTable};
+use crate::registers::{
+    Access, Attempt, Cr3, Fault, Format, GuestPaging, HardwareControls, InvalidPdpte, PageFault,
+    PagingRegisters, Pdptrs, Pkru, ShadowMode,
+};
+use crate::rmap::RmapNodes;
+use crate::role::{EntryFormat, bits};
+use crate::root::{MAXIMUM_PREVIOUS, ROOT_PAGES, VcpuRoots};
+use crate::slot::{MemorySlot, Slot, SlotError, Slots};
+use crate::state::{CACHED, Caches, Core, State, Target};
+use crate::statistics::{Counters, Statistics};
+use crate::walk::WalkEnd;
+use crate::zap::Batch;
+use alloc::boxed::Box;
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+use core::sync::atomic::{AtomicU64, Ordering};
+use hashbrown::HashTable;
+use spin::{Mutex, MutexGuard};
+use umbra_vcpu::address::{Gfn, Gpa, Gva, Hpa};
+
+/// The shadow MMU of one VM, shared by its virtual CPUs.
+pub struct Mmu<H: Host> {
+    host: H,
+    config: MmuConfig,
+    pub(crate) budget: Arc<Budget>,
+    root_epoch: AtomicU64,
+    state: Mutex<State>,
+}
+
+/// A virtual CPU's paging state. It belongs to the MMU that made it.
+#[derive(Debug)]
+pub struct Vcpu {
+    index: usize,
+    registers: PagingRegisters,
+    pkru: Pkru,
+    paging: GuestPaging,
+    /// The epoch at which the root was last found good; `None` if it must be loaded.
+    root_epoch: Option<u64>,
+    root: Hpa,
+}
+
+impl Vcpu {
+    /// The registers as they were last loaded.
+    pub fn registers(&self) -> &PagingRegisters {
+        &self.registers
+    }
+
+    /// PKRU as it was last set.
+    pub fn pkru(&self) -> Pkru {
+        self.pkru
+    }
+}
+
+/// Whether the hardware has another root now.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum RootChange {
+    /// The same root as at the last entry.
+    Same,
+    /// Another root: the hardware must forget the virtual CPU's old translations.
+    Changed,
+}
+
+/// What the hardware needs to enter the guest.
+#[derive(Clone, Copy, Debug)]
+pub struct HardwareRoot {
+    /// For the hardware's CR3.
+    pub root: Hpa,
+    /// The kind of table at `root`.
+    pub mode: ShadowMode,
+    /// Whether that is another one than before.
+    pub change: RootChange,
+    /// How the guest's control registers become the hardware's.
+    pub controls: HardwareControls,
+}
+
+/// Why [`Mmu::translate`] has no address.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum TranslateError {
+    /// The access faults: inject this.
+    Fault(PageFault),
+    /// Another processor changed the guest's tables meanwhile: try again.
+    Retry,
+}
+
+/// What an operation may take while it holds the lock.
+#[derive(Clone, Copy)]
+struct Needs {
+    pages: usize,
+    entries: usize,
+}
+
+const FAULT: Needs = Needs {
+    pages: FAULT_PAGES,
+    entries: 64,
+};
+const ROOT: Needs = Needs {
+    pages: ROOT_PAGES,
+    entries: 8,
+};
+
+/// Memory allocated without the lock, on its way into the state.
+#[derive(Default)]
+struct TopUp {
+    frames: Vec<Hpa>,
+    translations: Vec<Box<[u64; ENTRIES]>>,
+    pages: Option<Storage<crate::page::ShadowPage>>,
+    nodes: Option<Storage<crate::rmap::Node>>,
+    hash: Option<HashTable<PageId>>,
+}
+
+fn zeroed_translations() -> Option<Box<[u64; ENTRIES]>> {
+    let mut entries = Vec::new();
+    entries.try_reserve_exact(ENTRIES).ok()?;
+    entries.resize(ENTRIES, 0);
+    entries.into_boxed_slice().try_into().ok()
+}
+
+impl<H: Host> Mmu<H> {
+    /// An MMU without memory slots and virtual CPUs, with a total limit of its own.
+    pub fn new(host: H, config: MmuConfig) -> Self {
+        Self::with_budget(host, config, Arc::new(Budget::new(usize::MAX)))
+    }
+
+    pub(crate) fn with_budget(host: H, config: MmuConfig, budget: Arc<Budget>) -> Self {
+        let state = State {
+            pages: PageTable::new(),
+            nodes: RmapNodes::new(),
+            slots: Slots::new(),
+            caches: Caches {
+                frames: Vec::with_capacity(2 * CACHED),
+                translations: Vec::with_capacity(2 * CACHED),
+            },
+            vcpus: Vec::new(),
+            limit: config.limit.min(MAXIMUM_PAGES),
+            used: 0,
+            reserved: 0,
+            generation: 0,
+            mmio_generation: 0,
+            flush_pending: false,
+            counters: Counters::default(),
+        };
+        Self {
+            host,
+            config,
+            budget,
+            root_epoch: AtomicU64::new(0),
+            state: Mutex::new(state),
+        }
+    }
+
+    /// What the MMU was made with.
+    pub fn host(&self) -> &H {
+        &self.host
+    }
+
+    fn core<'a>(&'a self, state: &'a mut State) -> Core<'a, H> {
+        Core {
+            host: &self.host,
+            config: &self.config,
+            budget: &self.budget,
+            root_epoch: &self.root_epoch,
+            state,
+        }
+    }
+
+    /// Runs `work` under the lock.
+    pub(crate) fn locked<R>(&self, work: impl FnOnce(&mut Core<'_, H>) -> R) -> R {
+        self.run(self.state.lock(), work)
+    }
+
+    /// Runs `work` under the lock if it is free.
+    pub(crate) fn try_locked<R>(&self, work: impl FnOnce(&mut Core<'_, H>) -> R) -> Option<R> {
+        Some(self.run(self.state.try_lock()?, work))
+    }
+
+    fn run<R>(
+        &self,
+        mut state: MutexGuard<'_, State>,
+        work: impl FnOnce(&mut Core<'_, H>) -> R,
+    ) -> R {
+        let mut core = self.core(&mut state);
+        let result = work(&mut core);
+        core.release_reservation();
+        core.flush();
+        result
+    }
+
+    /// The lock, with everything in the caches that `needs` names.
+    fn topped_up(&self, needs: Needs) -> Result<MutexGuard<'_, State>, MmuError> {
+        let mut top_up = TopUp::default();
+        loop {
+            let mut state = self.state.lock();
+            Self::refill(&mut state, &mut top_up);
+            let frames = needs.pages.saturating_sub(state.caches.frames.len());
+            let translations = needs.pages.saturating_sub(state.caches.translations.len());
+            let pages = (state.pages.arena().available() < needs.pages)
+                .then(|| state.pages.arena().wanted_capacity(needs.pages));
+            let nodes = (state.nodes.available() < needs.entries)
+                .then(|| state.nodes.wanted_capacity(needs.entries));
+            let hash = state
+                .pages
+                .hash_needs_room(needs.pages)
+                .then(|| state.pages.wanted_hash_capacity(needs.pages));
+            if frames + translations == 0 && pages.is_none() && nodes.is_none() && hash.is_none() {
+                drop(top_up.pages.take());
+                return Ok(state);
+            }
+            drop(state);
+            // What has been replaced goes first.
+            top_up.pages = None;
+            top_up.nodes = None;
+            top_up.hash = None;
+            let filled = self.allocate(&mut top_up, frames, translations, (pages, nodes, hash));
+            if filled.is_none() {
+                self.dispose(top_up);
+                return Err(MmuError::OutOfMemory);
+            }
+        }
+    }
+
+    fn allocate(
+        &self,
+        top_up: &mut TopUp,
+        frames: usize,
+        translations: usize,
+        (pages, nodes, hash): (Option<usize>, Option<usize>, Option<usize>),
+    ) -> Option<()> {
+        for _ in 0..frames {
+            top_up.frames.try_reserve(1).ok()?;
+            top_up.frames.push(self.host.allocate(Zone::Any)?);
+        }
+        for _ in 0..translations {
+            top_up.translations.try_reserve(1).ok()?;
+            top_up.translations.push(zeroed_translations()?);
+        }
+        if let Some(capacity) = pages {
+            top_up.pages = Some(Storage::allocate(capacity)?);
+        }
+        if let Some(capacity) = nodes {
+            top_up.nodes = Some(Storage::allocate(capacity)?);
+        }
+        if let Some(capacity) = hash {
+            let mut table = HashTable::new();
+            table.try_reserve(capacity, |_| 0).ok()?;
+            top_up.hash = Some(table);
+        }
+        Some(())
+    }
+
+    fn refill(state: &mut State, top_up: &mut TopUp) {
+        let caches = &mut state.caches;
+        while caches.frames.len() < caches.frames.capacity()
+            && let Some(frame) = top_up.frames.pop()
+        {
+            caches.frames.push(frame);
+        }
+        while caches.translations.len() < caches.translations.capacity()
+            && let Some(translations) = top_up.translations.pop()
+        {
+            caches.translations.push(translations);
+        }
+        if let Some(storage) = &mut top_up.pages {
+            state.pages.arena().grow(storage);
+        }
+        if let Some(storage) = &mut top_up.nodes {
+            state.nodes.grow(storage);
+        }
+        if let Some(table) = &mut top_up.hash {
+            state.pages.grow_hash(table);
+        }
+    }
+
+    fn dispose(&self, top_up: TopUp) {
+        for frame in top_up.frames {
+            self.host.free(frame);
+        }
+    }
+
+    /// A virtual CPU after reset.
+    ///
+    /// # Errors
+    /// Out of memory below 4 GiB.
+    pub fn create_vcpu(&self) -> Result<Vcpu, MmuError> {
+        let pointers = self
+            .host
+            .allocate(Zone::Below4GiB)
+            .ok_or(MmuError::OutOfMemory)?;
+        let registers = PagingRegisters::RESET;
+        let paging = GuestPaging::new(&registers, Pkru(0), &self.config.features);
+        let roots = VcpuRoots {
+            current: None,
+            previous: [None; MAXIMUM_PREVIOUS],
+            pointers,
+        };
+        let mut state = self.state.lock();
+        let index = if let Some(index) = state.vcpus.iter().position(Option::is_none) {
+            state.vcpus[index] = Some(roots);
+            index
+        } else {
+            state.vcpus.push(Some(roots));
+            state.vcpus.len() - 1
+        };
+        Ok(Vcpu {
+            index,
+            registers,
+            pkru: Pkru(0),
+            paging,
+            root_epoch: None,
+            root: Hpa::new(0),
+        })
+    }
+
+    /// Gives back all that a virtual CPU holds. It must not run any more.
+    #[allow(clippy::needless_pass_by_value, reason = "the virtual CPU ends here")]
+    pub fn destroy_vcpu(&self, vcpu: Vcpu) {
+        let pointers = self.locked(|core| {
+            let mut batch = Batch::new();
+            core.release_all_roots(vcpu.index, &mut batch);
+            core.commit(batch);
+            core.state.flush_pending = true;
+            core.state.vcpus[vcpu.index]
+                .take()
+                .map(|roots| roots.pointers)
+        });
+        if let Some(frame) = pointers {
+            for index in 0..4 {
+                self.host.store(frame, index, 0);
+            }
+            self.host.free(frame);
+        }
+    }
+
+    /// Takes over the guest's paging registers after any of them was written. Like every such write
+    /// this flushes the guest's TLB.
+    pub fn load_registers(&self, vcpu: &mut Vcpu, registers: PagingRegisters) {
+        vcpu.registers = registers;
+        vcpu.paging = GuestPaging::new(&registers, vcpu.pkru, &self.config.features);
+        vcpu.root_epoch = None;
+        self.locked(|core| core.sync_all());
+    }
+
+    /// Takes over PKRU after WRPKRU or XRSTOR.
+    pub fn set_pkru(&self, vcpu: &mut Vcpu, pkru: Pkru) {
+        if vcpu.pkru != pkru {
+            vcpu.pkru = pkru;
+            vcpu.paging = GuestPaging::new(&vcpu.registers, pkru, &self.config.features);
+            vcpu.root_epoch = None;
+        }
+    }
+
+    /// Reads the four page-directory-pointer-table entries that a load of `cr3` under PAE paging
+    /// would (SDM vol. 3A 4.4.1).
+    ///
+    /// # Errors
+    /// The first present entry with reserved bits set: #GP(0), and nothing is loaded.
+    pub fn read_pdptrs(&self, cr3: Cr3) -> Result<Pdptrs, InvalidPdpte> {
+        let table = cr3.pointer_table();
+        let width = self.config.features.max_physical_address.min(52);
+        let reserved = 0x1e6 | (u64::MAX << width);
+        self.locked(|core| {
+            let mut pdptrs = Pdptrs::default();
+            for (index, entry) in pdptrs.0.iter_mut().enumerate() {
+                let offset = table.page_offset() as usize + index * 8;
+                let value = core.read_guest(Format::Pae, Gfn::containing(table), offset);
+                if value & bits::PRESENT != 0 && value & reserved != 0 {
+                    return Err(InvalidPdpte { index, value });
+                }
+                *entry = value;
+            }
+            Ok(pdptrs)
+        })
+    }
+
+    /// Makes sure that the virtual CPU has a root. Call it before every entry into the guest.
+    ///
+    /// # Errors
+    /// See [`MmuError`]; the call can be repeated.
+    pub fn prepare_entry(&self, vcpu: &mut Vcpu) -> Result<HardwareRoot, MmuError> {
+        let epoch = self.root_epoch.load(Ordering::Acquire);
+        let mut change = RootChange::Same;
+        if vcpu.root_epoch != Some(epoch) {
+            let state = self.topped_up(ROOT)?;
+            let (changed, root) = self.run(state, |core| {
+                core.load_root(vcpu.index, &vcpu.paging)
+                    .map(|changed| (changed, core.root_address(vcpu.index, &vcpu.paging)))
+            })?;
+            if changed || root != vcpu.root {
+                change = RootChange::Changed;
+            }
+            vcpu.root = root;
+            vcpu.root_epoch = Some(epoch);
+        }
+        Ok(HardwareRoot {
+            root: vcpu.root,
+            mode: vcpu.paging.format.shadow_mode(),
+            change,
+            controls: vcpu.paging.controls(),
+        })
+    }
+
+    /// Handles a page fault that the hardware took while it ran the guest.
+    ///
+    /// # Errors
+    /// See [`MmuError`]; the guest's state is unchanged, so the call (or the guest) can be repeated.
+    pub fn handle_page_fault(
+        &self,
+        vcpu: &mut Vcpu,
+        fault: &Fault,
+    ) -> Result<FaultOutcome, MmuError> {
+        loop {
+            let state = self.topped_up(FAULT)?;
+            let step = self.run(state, |core| {
+                let root = core.root_page(vcpu.index, &vcpu.paging, fault.gva);
+                let step = core.handle_fault(&vcpu.paging, root, fault);
+                let counters = &mut core.state.counters;
+                if !matches!(step, Ok(Step::Allocate { .. })) {
+                    counters.pf_taken += 1;
+                }
+                match &step {
+                    Ok(Step::Done(FaultOutcome::Fixed)) => counters.pf_fixed += 1,
+                    Ok(Step::Done(FaultOutcome::Inject(_))) => counters.pf_guest += 1,
+                    Ok(Step::Done(FaultOutcome::Mmio { .. })) => counters.pf_mmio += 1,
+                    Ok(Step::Allocate { .. }) | Err(_) => {}
+                }
+                step
+            })?;
+            match step {
+                Step::Done(outcome) => return Ok(outcome),
+                Step::Allocate { slot, page } => {
+                    self.host.frame(slot, page, Touch::Allocate)?;
+                }
+            }
+        }
+    }
+
+    /// INVLPG, or INVPCID for one address.
+    pub fn invalidate_page(&self, vcpu: &mut Vcpu, gva: Gva) {
+        self.locked(|core| {
+            core.sync_tables();
+            core.sync_address(vcpu.index, gva);
+        });
+    }
+
+    /// INVPCID for more than one address, and whatever else flushes the guest's TLB.
+    pub fn flush_guest_tlb(&self, vcpu: &mut Vcpu) {
+        let _ = vcpu;
+        self.locked(|core| core.sync_all());
+    }
+
+    /// Translates an address for the emulation of an instruction.
+    ///
+    /// # Errors
+    /// The fault that the access raises, or that the tables changed meanwhile.
+    pub fn translate(&self, vcpu: &Vcpu, gva: Gva, access: &Access) -> Result<Gpa, TranslateError> {
+        let gva = if vcpu.paging.format.is_long() {
+            gva
+        } else {
+            Gva::new(gva.as_u64() & 0xffff_ffff)
+        };
+        self.locked(|core| {
+            match core.walk(
+                &vcpu.paging,
+                gva,
+                Attempt::of_access(access),
+                access.marking,
+            ) {
+                Ok(walk) => Ok(Gpa::new(walk.gfn.base().as_u64() | gva.page_offset())),
+                Err(WalkEnd::Fault(fault)) => Err(TranslateError::Fault(fault)),
+                Err(WalkEnd::Changed) => Err(TranslateError::Retry),
+            }
+        })
+    }
+
+    /// The host has written guest memory at `gpa`: shadow entries that depend on it are dropped.
+    pub fn track_guest_write(&self, gpa: Gpa, bytes: usize) {
+        self.locked(|core| {
+            let (mut at, mut left) = (gpa, bytes);
+            while left > 0 {
+                let offset = at.page_offset() as usize;
+                let here = left.min(4096 - offset);
+                core.track_write(Gfn::containing(at), offset, here);
+                at = at.wrapping_add(here as u64);
+                left -= here;
+            }
+        });
+    }
+
+    /// Zaps every shadow page of a guest table. Returns how many pages went.
+    pub fn unprotect(&self, gfn: Gfn) -> usize {
+        self.locked(|core| core.zap_gfn(gfn))
+    }
+
+    /// Adds memory to the guest.
+    ///
+    /// # Errors
+    /// See [`SlotError`]; nothing is changed then.
+    pub fn add_slot(&self, memory: MemorySlot) -> Result<(), SlotError> {
+        let slot = Slot::new(memory)?;
+        let rejected = self.locked(|core| {
+            let inserted = core.state.slots.insert(slot);
+            if inserted.is_ok() {
+                core.forget_range(memory.base, memory.pages);
+            }
+            inserted.err()
+        });
+        rejected.map_or(Ok(()), |(error, _)| Err(error))
+    }
+
+    /// Takes memory away from the guest.
+    ///
+    /// # Errors
+    /// [`SlotError::Unknown`].
+    pub fn remove_slot(&self, id: SlotId) -> Result<(), SlotError> {
+        self.locked(|core| {
+            core.state
+                .slots
+                .named(id)
+                .map(|slot| slot.retiring = true)
+                .ok_or(SlotError::Unknown)
+        })?;
+        self.zap_all();
+        let slot = self.locked(|core| {
+            core.state.mmio_generation = core.state.mmio_generation.wrapping_add(1);
+            core.state.slots.remove(id)
+        });
+        drop(slot);
+        Ok(())
+    }
+
+    /// Moves a slot's memory to another place in the guest's physical address space.
+    ///
+    /// # Errors
+    /// See [`SlotError`]; where the new place is not free the slot stays where it is.
+    pub fn move_slot(&self, id: SlotId, base: Gfn) -> Result<(), SlotError> {
+        let old = self.locked(|core| {
+            core.state
+                .slots
+                .named(id)
+                .map(|slot| slot.memory)
+                .ok_or(SlotError::Unknown)
+        })?;
+        self.remove_slot(id)?;
+        self.add_slot(MemorySlot { base, ..old }).inspect_err(|_| {
+            let restored = self.add_slot(old);
+            debug_assert!(restored.is_ok(), "the slot's old place was taken");
+        })
+    }
+
+    /// Zaps every shadow page, in bounded steps between which guests may go on with new ones.
+    pub fn zap_all(&self) {
+        self.locked(|core| core.start_zap_all());
+        while self.locked(|core| core.zap_obsolete(32)) {}
+    }
+
+    /// The pages of a slot that were written since the last call, which starts over.
+    ///
+    /// # Errors
+    /// [`SlotError::Unknown`].
+    pub fn take_dirty(&self, id: SlotId, mut page: impl FnMut(Gfn)) -> Result<(), SlotError> {
+        self.locked(|core| {
+            let mut cursor = 0;
+            let mut any = false;
+            loop {
+                let slot = core.state.slots.named(id).ok_or(SlotError::Unknown)?;
+                let Some(gfn) = slot.take_dirty(&mut cursor) else {
+                    break;
+                };
+                core.write_protect(gfn);
+                page(gfn);
+                any = true;
+            }
+            core.state.flush_pending |= any;
+            Ok(())
+        })
+    }
+
+    /// Shadow pages that the VM may hold. If it holds more, it gives back what it can.
+    pub fn set_limit(&self, pages: usize) {
+        self.locked(|core| {
+            core.state.limit = pages.min(MAXIMUM_PAGES);
+            let excess = core.state.used.saturating_sub(core.state.limit);
+            if excess > 0 {
+                let freed = core.reclaim(excess);
+                core.state.counters.mmu_recycled += freed as u64;
+            }
+        });
+    }
+
+    /// Shadow pages that the VM may hold.
+    pub fn limit(&self) -> usize {
+        self.state.lock().limit
+    }
+
+    /// Shadow pages that the VM holds.
+    pub fn used(&self) -> usize {
+        self.state.lock().used
+    }
+
+    /// Frees the caches that faults fill ahead. Returns how many frames went.
+    pub fn release_caches(&self) -> usize {
+        self.locked(|core| core.release_caches())
+    }
+
+    /// What happened so far.
+    pub fn statistics(&self) -> Statistics {
+        let state = self.state.lock();
+        Statistics {
+            mmu_unsync: (state.pages.unsync_leaves().len() + state.pages.unsync_tables().len())
+                as u64,
+            mmu_pages_used: state.used as u64,
+            mmu_pages_limit: state.limit as u64,
+            ..state.counters
+        }
+    }
+}
+
+impl<H: Host> Core<'_, H> {
+    /// Brings the one leaf entry for `gva` up to date in every root of the virtual CPU.
+    fn sync_address(&mut self, vcpu: usize, gva: Gva) {
+        let Some(roots) = self.state.vcpus[vcpu].as_ref() else {
+            return;
+        };
+        let (current, previous) = (roots.current, roots.previous);
+        for root in current.iter().chain(previous.iter().flatten()) {
+            let long = root.key.role.format.is_long();
+            let index = if long {
+                0
+            } else {
+                (gva.as_u64() >> 30 & 3) as usize
+            };
+            let Some(mut page) = root.pages[index].and_then(|id| self.state.pages.active(id))
+            else {
+                continue;
+            };
+            loop {
+                let id = page.id();
+                let level = self.state.pages[id].role.level;
+                let entry = level.index(gva);
+                let spte = self.load(id, entry);
+                if spte.is_empty() {
+                    break;
+                }
+                if !self.is_leaf(id, spte)
+                    && let Target::Page(child) = self.target(id, entry, spte)
+                    && let Some(child) = self.state.pages.active(child)
+                {
+                    page = child;
+                    continue;
+                }
+                if level == Level::One && self.state.pages[id].unsync {
+                    self.sync_entry(id, entry, spte);
+                }
+                break;
+            }
+        }
+    }
+
+    /// Makes every page obsolete. No root stays in use.
+    fn start_zap_all(&mut self) {
+        self.state.generation = self.state.generation.wrapping_add(1);
+        let mut batch = Batch::new();
+        self.release_previous_roots(&mut batch);
+        self.commit(batch);
+        self.root_epoch.fetch_add(1, Ordering::Release);
+        self.state.flush_pending = true;
+    }
+
+    /// Zaps up to `step` obsolete pages (and their orphans), oldest first; whether any are left.
+    fn zap_obsolete(&mut self, step: usize) -> bool {
+        let mut batch = Batch::new();
+        let mut left = step;
+        self.state.pages.hand = self.state.pages.active_list().first();
+        let mut more = false;
+        while let Some(id) = self.state.pages.hand {
+            if self.state.pages[id].generation == self.state.generation {
+                self.state.pages.hand = self.state.pages.next(id);
+                continue;
+            }
+            if left == 0 {
+                more = true;
+                break;
+            }
+            left -= 1;
+            let Some(page) = self.state.pages.active(id) else {
+                break;
+            };
+            self.prepare_zap(page, &mut batch);
+        }
+        self.state.pages.hand = None;
+        self.commit(batch);
+        more
+    }
+
+    /// New memory: what was known of these frames, that they have none, holds no longer.
+    fn forget_range(&mut self, base: Gfn, pages: u64) {
+        self.state.mmio_generation = self.state.mmio_generation.wrapping_add(1);
+        let inside = |gfn: Gfn| gfn.as_u64().wrapping_sub(base.as_u64()) < pages;
+        let mut batch = Batch::new();
+        self.state.pages.hand = self.state.pages.active_list().first();
+        while let Some(id) = self.state.pages.hand {
+            let shadow = &self.state.pages[id];
+            let Some(page) = self
+                .state
+                .pages
+                .active(id)
+                .filter(|_| inside(shadow.gfn) && !shadow.role.is_direct())
+            else {
+                self.state.pages.hand = self.state.pages.next(id);
+                continue;
+            };
+            // It was never counted among the tables of a slot: count it, so that zapping balances.
+            let gfn = shadow.gfn;
+            if let Some(slot) = self.state.slots.of(gfn) {
+                slot.disallow_large(gfn);
+            }
+            self.prepare_zap(page, &mut batch);
+        }
+        self.commit(batch);
+    }
+
+    /// Frees what the caches hold.
+    pub fn release_caches(&mut self) -> usize {
+        let frames = self.state.caches.frames.len();
+        while let Some(frame) = self.state.caches.frames.pop() {
+            self.host.free(frame);
+        }
+        self.state.caches.translations.clear();
+        frames
+    }
+}
+
+impl<H: Host> Drop for Mmu<H> {
+    fn drop(&mut self) {
+        self.zap_all();
+        self.locked(|core| {
+            let mut batch = Batch::new();
+            for vcpu in 0..core.state.vcpus.len() {
+                if core.state.vcpus[vcpu].is_some() {
+                    core.release_all_roots(vcpu, &mut batch);
+                }
+            }
+            core.commit(batch);
+            for roots in core.state.vcpus.drain(..).flatten() {
+                core.host.free(roots.pointers);
+            }
+            core.release_caches();
+        });
+        let _ = EntryFormat::of;
+    }
+}

@@ -1,0 +1,403 @@
+//! Shadow pages, the table that owns them, and the lists that they are on.
+//!
+//! A page is in exactly one state. `Active`: on the active list (oldest first) and in the gfn hash.
+//! `Invalid`: zapped while it was a root in use; on no list, unreachable through the hash, freed
+//! when its root count reaches 0. `Zapped`: in a batch, waiting for the batch's commit.
+//!
+//! Only an [`ActivePage`] can be linked into a table, listed or made a root, and only
+//! [`PageTable::active`] makes one, so an invalid page cannot come back.
+
+use crate::arena::Arena;
+use crate::level::{ENTRIES, Level};
+use crate::registers::{Format, Pkru, Rights};
+use crate::rmap::RmapHead;
+use crate::role::{Role, RoleFlags};
+use alloc::boxed::Box;
+use core::num::NonZeroU32;
+use hashbrown::HashTable;
+use umbra_vcpu::address::{Gfn, Hpa};
+
+/// Names a shadow page; at most 2^22 of them.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub(crate) struct PageId(NonZeroU32);
+
+/// The most pages that a [`PageId`] can name.
+pub(crate) const MAXIMUM_PAGES: usize = (1 << 22) - 2;
+
+impl PageId {
+    pub const fn number(self) -> u32 {
+        self.0.get()
+    }
+
+    /// # Panics
+    /// On 0, which no page and no entry's reference ever has.
+    pub const fn from_number(number: u32) -> Self {
+        Self(NonZeroU32::new(number).expect("shadow page 0 does not exist"))
+    }
+}
+
+/// A page that was on the active list when this was made. Not kept across anything that zaps.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct ActivePage(PageId);
+
+impl ActivePage {
+    pub const fn id(self) -> PageId {
+        self.0
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(crate) enum PageState {
+    #[default]
+    Unused,
+    Active,
+    Invalid,
+    Zapped,
+}
+
+/// For each entry what the entry itself cannot say: a leaf's guest frame and rights, or a link's
+/// page.
+pub(crate) type Translations = Box<[u64; ENTRIES]>;
+
+/// A shadow page's metadata.
+pub(crate) struct ShadowPage {
+    pub gfn: Gfn,
+    pub role: Role,
+    pub frame: Hpa,
+    /// Absent only in direct pages of level 1, whose frames and rights are computed.
+    pub translations: Option<Translations>,
+    /// Entries that link to this page.
+    pub parents: RmapHead,
+    pub state: PageState,
+    /// The guest may write the table behind this page: its entries are as stale as a TLB's.
+    pub unsync: bool,
+    /// Writes to the guest's table since an entry of this page was last used.
+    pub write_flooding: u8,
+    /// Entries that are not empty.
+    pub used_entries: u16,
+    /// Virtual CPUs' roots, in use or previous, that hold this page.
+    pub root_count: u32,
+    pub generation: u32,
+    /// The next page of the same batch.
+    pub next_zapped: Option<PageId>,
+    next_same_gfn: Option<PageId>,
+    list: Links,
+    unsync_list: Links,
+}
+
+impl Default for ShadowPage {
+    fn default() -> Self {
+        Self {
+            gfn: Gfn::new(0),
+            role: Role {
+                level: Level::One,
+                format: Format::Unpaged,
+                quadrant: 0,
+                rights: Rights::empty(),
+                flags: RoleFlags::empty(),
+                pkru: Pkru(0),
+            },
+            frame: Hpa::new(0),
+            translations: None,
+            parents: RmapHead::EMPTY,
+            state: PageState::Unused,
+            unsync: false,
+            write_flooding: 0,
+            used_entries: 0,
+            root_count: 0,
+            generation: 0,
+            next_zapped: None,
+            next_same_gfn: None,
+            list: Links::default(),
+            unsync_list: Links::default(),
+        }
+    }
+}
+
+#[derive(Clone, Copy, Default)]
+struct Links {
+    previous: Option<PageId>,
+    next: Option<PageId>,
+}
+
+/// A doubly linked list through the pages themselves.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct PageList {
+    first: Option<PageId>,
+    last: Option<PageId>,
+    length: usize,
+}
+
+impl PageList {
+    pub fn first(&self) -> Option<PageId> {
+        self.first
+    }
+
+    pub fn len(&self) -> usize {
+        self.length
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.length == 0
+    }
+}
+
+type Field = fn(&mut ShadowPage) -> &mut Links;
+
+fn push_last(pages: &mut Arena<ShadowPage>, list: &mut PageList, id: PageId, field: Field) {
+    *field(&mut pages[id.number()]) = Links {
+        previous: list.last,
+        next: None,
+    };
+    match list.last {
+        Some(last) => field(&mut pages[last.number()]).next = Some(id),
+        None => list.first = Some(id),
+    }
+    list.last = Some(id);
+    list.length += 1;
+}
+
+fn unlink(pages: &mut Arena<ShadowPage>, list: &mut PageList, id: PageId, field: Field) {
+    let links = core::mem::take(field(&mut pages[id.number()]));
+    match links.previous {
+        Some(previous) => field(&mut pages[previous.number()]).next = links.next,
+        None => list.first = links.next,
+    }
+    match links.next {
+        Some(next) => field(&mut pages[next.number()]).previous = links.previous,
+        None => list.last = links.previous,
+    }
+    list.length -= 1;
+}
+
+/// All shadow pages of one VM.
+pub(crate) struct PageTable {
+    pages: Arena<ShadowPage>,
+    by_gfn: HashTable<PageId>,
+    /// Oldest first.
+    active: PageList,
+    unsync_leaves: PageList,
+    unsync_tables: PageList,
+    /// Where the reclaimer goes on; moved along when its page leaves the list.
+    pub hand: Option<PageId>,
+}
+
+fn hash(gfn: Gfn) -> u64 {
+    gfn.as_u64()
+        .wrapping_mul(0x9e37_79b9_7f4a_7c15)
+        .rotate_left(26)
+}
+
+impl PageTable {
+    pub fn new() -> Self {
+        Self {
+            pages: Arena::new(),
+            by_gfn: HashTable::new(),
+            active: PageList::default(),
+            unsync_leaves: PageList::default(),
+            unsync_tables: PageList::default(),
+            hand: None,
+        }
+    }
+
+    pub fn arena(&mut self) -> &mut Arena<ShadowPage> {
+        &mut self.pages
+    }
+
+    pub fn ids(&self) -> impl Iterator<Item = PageId> + use<> {
+        self.pages.numbers().map(PageId::from_number)
+    }
+
+    pub fn active_list(&self) -> &PageList {
+        &self.active
+    }
+
+    pub fn unsync_leaves(&self) -> &PageList {
+        &self.unsync_leaves
+    }
+
+    pub fn unsync_tables(&self) -> &PageList {
+        &self.unsync_tables
+    }
+
+    /// The hash keeps twice the room it needs, so that it never has to allocate when it rehashes.
+    pub fn hash_needs_room(&self, spare: usize) -> bool {
+        self.by_gfn.capacity() < 2 * (self.by_gfn.len() + spare)
+    }
+
+    pub fn wanted_hash_capacity(&self, spare: usize) -> usize {
+        4 * (self.by_gfn.len() + spare)
+    }
+
+    /// Moves the hash into `larger`, which is empty, and leaves the old one there.
+    pub fn grow_hash(&mut self, larger: &mut HashTable<PageId>) {
+        if larger.capacity() <= self.by_gfn.capacity() {
+            return;
+        }
+        let pages = &self.pages;
+        let hasher = |id: &PageId| hash(pages[id.number()].gfn);
+        for id in &self.by_gfn {
+            larger.insert_unique(hasher(id), *id, hasher);
+        }
+        core::mem::swap(larger, &mut self.by_gfn);
+    }
+
+    /// `id` as a page that may be linked; `None` if it has been zapped.
+    pub fn active(&self, id: PageId) -> Option<ActivePage> {
+        (self[id].state == PageState::Active).then_some(ActivePage(id))
+    }
+
+    /// The first of the active pages that belong to `gfn`.
+    pub fn first_of(&self, gfn: Gfn) -> Option<PageId> {
+        self.by_gfn
+            .find(hash(gfn), |id| self[*id].gfn == gfn)
+            .copied()
+    }
+
+    /// The active pages that belong to `gfn`.
+    pub fn of(&self, gfn: Gfn) -> impl Iterator<Item = PageId> + '_ {
+        let mut at = self.first_of(gfn);
+        core::iter::from_fn(move || {
+            let id = at?;
+            at = self[id].next_same_gfn;
+            Some(id)
+        })
+    }
+
+    pub fn next_same_gfn(&self, id: PageId) -> Option<PageId> {
+        self[id].next_same_gfn
+    }
+
+    /// Makes a new page, the newest, and enters it into list and hash.
+    pub fn insert(&mut self, page: ShadowPage) -> ActivePage {
+        let gfn = page.gfn;
+        let id = PageId::from_number(self.pages.take(page));
+        self[id].state = PageState::Active;
+        push_last(&mut self.pages, &mut self.active, id, |page| &mut page.list);
+        if let Some(first) = self.first_of(gfn) {
+            self[id].next_same_gfn = self[first].next_same_gfn;
+            self[first].next_same_gfn = Some(id);
+        } else {
+            let pages = &self.pages;
+            self.by_gfn
+                .insert_unique(hash(gfn), id, |id| hash(pages[id.number()].gfn));
+        }
+        ActivePage(id)
+    }
+
+    /// Takes an active page off list and hash for good. Its new state is `Invalid` or `Zapped`.
+    pub fn retire(&mut self, page: ActivePage, state: PageState) {
+        debug_assert!(matches!(state, PageState::Invalid | PageState::Zapped));
+        let id = page.id();
+        debug_assert!(self[id].state == PageState::Active, "retired twice");
+        if self.hand == Some(id) {
+            self.hand = self.next(id);
+        }
+        self.set_sync(id);
+        unlink(&mut self.pages, &mut self.active, id, |page| &mut page.list);
+        let gfn = self[id].gfn;
+        let next = self[id].next_same_gfn.take();
+        let pages = &mut self.pages;
+        match self
+            .by_gfn
+            .find_mut(hash(gfn), |other| pages[other.number()].gfn == gfn)
+        {
+            Some(first) if *first == id => match next {
+                Some(next) => *first = next,
+                None => {
+                    if let Ok(entry) = self.by_gfn.find_entry(hash(gfn), |other| *other == id) {
+                        entry.remove();
+                    }
+                }
+            },
+            Some(first) => {
+                let mut before = *first;
+                while let Some(after) = pages[before.number()].next_same_gfn {
+                    if after == id {
+                        pages[before.number()].next_same_gfn = next;
+                        break;
+                    }
+                    before = after;
+                }
+            }
+            None => debug_assert!(false, "an active page was not in the hash"),
+        }
+        self[id].state = state;
+    }
+
+    /// Forgets a page whose frame is freed.
+    pub fn release(&mut self, id: PageId) -> ShadowPage {
+        debug_assert!(
+            self[id].state == PageState::Zapped,
+            "a live page is released"
+        );
+        self.pages.give(id.number())
+    }
+
+    /// The next younger page on the active list.
+    pub fn next(&self, id: PageId) -> Option<PageId> {
+        self[id].list.next
+    }
+
+    /// Makes an active page the newest.
+    pub fn move_to_last(&mut self, page: ActivePage) {
+        let id = page.id();
+        unlink(&mut self.pages, &mut self.active, id, |page| &mut page.list);
+        push_last(&mut self.pages, &mut self.active, id, |page| &mut page.list);
+    }
+
+    pub fn set_unsync(&mut self, page: ActivePage) {
+        let id = page.id();
+        if !core::mem::replace(&mut self[id].unsync, true) {
+            let list = match self[id].role.level {
+                Level::One => &mut self.unsync_leaves,
+                _ => &mut self.unsync_tables,
+            };
+            push_last(&mut self.pages, list, id, |page| &mut page.unsync_list);
+        }
+    }
+
+    pub fn set_sync(&mut self, id: PageId) {
+        if core::mem::replace(&mut self[id].unsync, false) {
+            let list = match self[id].role.level {
+                Level::One => &mut self.unsync_leaves,
+                _ => &mut self.unsync_tables,
+            };
+            unlink(&mut self.pages, list, id, |page| &mut page.unsync_list);
+        }
+    }
+
+    /// The next page on the same unsync list.
+    pub fn next_unsync(&self, id: PageId) -> Option<PageId> {
+        self[id].unsync_list.next
+    }
+}
+
+impl core::ops::Index<PageId> for PageTable {
+    type Output = ShadowPage;
+    #[inline]
+    fn index(&self, id: PageId) -> &ShadowPage {
+        &self.pages[id.number()]
+    }
+}
+
+impl core::ops::IndexMut<PageId> for PageTable {
+    #[inline]
+    fn index_mut(&mut self, id: PageId) -> &mut ShadowPage {
+        &mut self.pages[id.number()]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::ShadowPage;
+
+    #[test]
+    fn metadata_is_small() {
+        assert!(
+            size_of::<ShadowPage>() <= 136,
+            "{}",
+            size_of::<ShadowPage>()
+        );
+    }
+}

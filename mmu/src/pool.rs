@@ -1,0 +1,122 @@
+//! All MMUs of the host together: the total limit, and the shrinker.
+//!
+//! The shrinker runs from the low-memory callback, perhaps while one of these very locks is held by
+//! its caller. So it only try-locks, counts what it had to skip, and never allocates.
+
+use crate::budget::Budget;
+use crate::config::{MINIMUM_PAGES, MmuConfig};
+use crate::host::Host;
+use crate::mmu::Mmu;
+use alloc::sync::{Arc, Weak};
+use alloc::vec::Vec;
+use core::sync::atomic::{AtomicUsize, Ordering};
+use spin::Mutex;
+
+/// What a call of the shrinker got.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Shrunk {
+    /// Frames given back to the host: shadow pages and cached frames.
+    pub freed: usize,
+    /// MMUs that were busy.
+    pub skipped: usize,
+}
+
+/// The MMUs that share a total limit.
+pub struct MmuPool<H: Host> {
+    budget: Arc<Budget>,
+    members: Mutex<Vec<Weak<Mmu<H>>>>,
+    /// Where the next scan begins.
+    rotation: AtomicUsize,
+}
+
+impl<H: Host> MmuPool<H> {
+    /// A pool with a limit on all its VMs' shadow pages together.
+    pub fn new(total_limit: usize) -> Self {
+        Self {
+            budget: Arc::new(Budget::new(total_limit)),
+            members: Mutex::new(Vec::new()),
+            rotation: AtomicUsize::new(0),
+        }
+    }
+
+    /// A VM's MMU that counts against the pool's limit.
+    pub fn create(&self, host: H, config: MmuConfig) -> Arc<Mmu<H>> {
+        let mmu = Arc::new(Mmu::with_budget(host, config, self.budget.clone()));
+        let mut members = self.members.lock();
+        members.retain(|member| member.strong_count() > 0);
+        members.push(Arc::downgrade(&mmu));
+        mmu
+    }
+
+    /// Shadow pages of all VMs together, exact.
+    pub fn count(&self) -> usize {
+        self.budget.used()
+    }
+
+    /// Shadow pages that all VMs together may hold.
+    pub fn limit(&self) -> usize {
+        self.budget.limit()
+    }
+
+    /// Changes the total limit. What exceeds it is recycled as VMs need pages.
+    pub fn set_limit(&self, pages: usize) {
+        self.budget.set_limit(pages);
+    }
+
+    /// Gives `wanted` frames back to the host if it can: caches first, then from every VM in
+    /// proportion to what it holds above its floor, then whatever there is.
+    pub fn scan(&self, wanted: usize) -> Shrunk {
+        let Some(members) = self.members.try_lock() else {
+            return Shrunk {
+                freed: 0,
+                skipped: 1,
+            };
+        };
+        let mut shrunk = Shrunk::default();
+        let count = members.len();
+        if count == 0 || wanted == 0 {
+            return shrunk;
+        }
+        let start = self.rotation.fetch_add(1, Ordering::Relaxed) % count;
+        let in_rotation =
+            || (0..count).filter_map(|step| members[(start + step) % count].upgrade());
+        for mmu in in_rotation() {
+            let freed = mmu.try_locked(|core| {
+                core.state.counters.shrink_calls += 1;
+                let freed = if shrunk.freed < wanted {
+                    core.release_caches()
+                } else {
+                    0
+                };
+                core.state.counters.shrink_freed += freed as u64;
+                freed
+            });
+            match freed {
+                Some(freed) => shrunk.freed += freed,
+                None => shrunk.skipped += 1,
+            }
+        }
+        let spare: usize = in_rotation()
+            .filter_map(|mmu| mmu.try_locked(|core| core.state.used.saturating_sub(MINIMUM_PAGES)))
+            .sum();
+        let missing = wanted.saturating_sub(shrunk.freed);
+        for mmu in in_rotation() {
+            let left = wanted.saturating_sub(shrunk.freed);
+            shrunk.freed += mmu
+                .try_locked(|core| {
+                    let above = core.state.used.saturating_sub(MINIMUM_PAGES);
+                    let share = (missing * above)
+                        .div_ceil(spare.max(1))
+                        .min(above)
+                        .min(left);
+                    core.shrink(share)
+                })
+                .unwrap_or(0);
+        }
+        for mmu in in_rotation() {
+            let left = wanted.saturating_sub(shrunk.freed);
+            shrunk.freed += mmu.try_locked(|core| core.shrink(left)).unwrap_or(0);
+        }
+        shrunk
+    }
+}

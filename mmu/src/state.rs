@@ -1,0 +1,287 @@
+//! All that one VM's lock protects, and the operations on single entries.
+//!
+//! [`Core`] is a view of the state while the lock is held. Whatever takes a right away from the
+//! hardware notes it in `flush_pending`; [`Core::flush`] must run before anybody relies on the
+//! result, and runs in any case before the lock is released.
+
+use crate::budget::Budget;
+use crate::config::MmuConfig;
+use crate::host::Host;
+use crate::level::{ENTRIES, Level};
+use crate::page::{ActivePage, PageId, PageTable, Translations};
+use crate::registers::Rights;
+use crate::rmap::{RmapHead, RmapNodes, SpteRef};
+use crate::root::VcpuRoots;
+use crate::slot::{MAPPING_LEVELS, Slots};
+use crate::spte::{Mapping, Spte};
+use crate::statistics::Counters;
+use alloc::vec::Vec;
+use core::sync::atomic::AtomicU64;
+use umbra_vcpu::address::{Gfn, Hpa, Pfn};
+
+/// What one guest access may need, allocated before the lock is taken.
+pub(crate) struct Caches {
+    pub frames: Vec<Hpa>,
+    pub translations: Vec<Translations>,
+}
+
+pub(crate) struct State {
+    pub pages: PageTable,
+    pub nodes: RmapNodes,
+    pub slots: Slots,
+    pub caches: Caches,
+    pub vcpus: Vec<Option<VcpuRoots>>,
+    pub limit: usize,
+    /// Pages counted in the budget ahead of being made.
+    pub reserved: usize,
+    /// Pages that hold a frame: active, invalid or in a batch.
+    pub used: usize,
+    pub generation: u32,
+    pub mmio_generation: u32,
+    pub flush_pending: bool,
+    pub counters: Counters,
+}
+
+/// The state while its lock is held, with what doesn't need the lock beside it.
+pub(crate) struct Core<'a, H> {
+    pub host: &'a H,
+    pub config: &'a MmuConfig,
+    pub budget: &'a Budget,
+    /// Counts the events after which virtual CPUs must look at their roots again.
+    pub root_epoch: &'a AtomicU64,
+    pub state: &'a mut State,
+}
+
+/// What an entry says together with its translation.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Target {
+    Leaf { gfn: Gfn, rights: Rights },
+    Page(PageId),
+}
+
+/// Frames and arrays kept ready: the worst case of one fault or root load with some to spare.
+pub(crate) const CACHED: usize = 16;
+
+const fn leaf_translation(gfn: Gfn, rights: Rights) -> u64 {
+    gfn.as_u64() << 8 | rights.bits() as u64
+}
+
+impl<H: Host> Core<'_, H> {
+    /// Makes every virtual CPU forget what it must, if there is anything.
+    pub fn flush(&mut self) {
+        if core::mem::take(&mut self.state.flush_pending) {
+            self.state.counters.tlb_flush += 1;
+            self.host.flush_all();
+        }
+    }
+
+    pub fn load(&self, page: PageId, index: usize) -> Spte {
+        Spte(self.host.load(self.state.pages[page].frame, index))
+    }
+
+    /// Whether an entry that isn't empty is a leaf (or MMIO) or links to a page.
+    pub fn is_leaf(&self, page: PageId, spte: Spte) -> bool {
+        !spte.is_present() || spte.is_large() || self.state.pages[page].role.level == Level::One
+    }
+
+    /// What the non-empty entry at `index` stands for.
+    pub fn target(&self, page: PageId, index: usize, spte: Spte) -> Target {
+        let shadow = &self.state.pages[page];
+        let Some(translations) = &shadow.translations else {
+            return Target::Leaf {
+                gfn: shadow.gfn.offset(index as u64),
+                rights: shadow.role.rights,
+            };
+        };
+        let translation = translations[index];
+        if self.is_leaf(page, spte) {
+            Target::Leaf {
+                gfn: Gfn::new(translation >> 8),
+                rights: Rights::from_bits_truncate(translation as u8),
+            }
+        } else {
+            Target::Page(PageId::from_number(translation as u32))
+        }
+    }
+
+    /// Empties an entry and forgets it in the reverse map or in its child's parents.
+    pub fn drop_entry(&mut self, page: PageId, index: usize) -> Option<PageId> {
+        let frame = self.state.pages[page].frame;
+        let old = Spte(self.host.swap(frame, index, 0));
+        if old.is_empty() {
+            return None;
+        }
+        let target = self.target(page, index, old);
+        self.state.pages[page].used_entries -= 1;
+        if !old.is_present() {
+            return None;
+        }
+        self.state.flush_pending = true;
+        let spte = SpteRef { page, index };
+        let state = &mut *self.state;
+        match target {
+            Target::Leaf { gfn, .. } => {
+                let level = state.pages[page].role.level;
+                if let Some(slot) = state.slots.of(gfn) {
+                    let found = state.nodes.remove(slot.rmap(level, gfn), spte);
+                    debug_assert!(found, "a leaf was not in its reverse map");
+                } else {
+                    debug_assert!(false, "a leaf maps a frame without a slot");
+                }
+                None
+            }
+            Target::Page(child) => {
+                let mut parents = state.pages[child].parents;
+                let found = state.nodes.remove(&mut parents, spte);
+                debug_assert!(found, "a link was not among its page's parents");
+                state.pages[child].parents = parents;
+                Some(child)
+            }
+        }
+    }
+
+    fn note(&mut self, page: PageId, index: usize, translation: u64) {
+        let shadow = &mut self.state.pages[page];
+        shadow.used_entries += 1;
+        if let Some(translations) = &mut shadow.translations {
+            translations[index] = translation;
+        }
+    }
+
+    /// Lets the empty entry at `index` of `page` point to `child`.
+    pub fn link(&mut self, page: ActivePage, index: usize, child: ActivePage) {
+        let (page, child) = (page.id(), child.id());
+        self.note(page, index, u64::from(child.number()));
+        let state = &mut *self.state;
+        let mut parents = state.pages[child].parents;
+        state.nodes.insert(&mut parents, SpteRef { page, index });
+        state.pages[child].parents = parents;
+        let value = Spte::link(state.pages[child].frame);
+        self.host
+            .store(self.state.pages[page].frame, index, value.0);
+    }
+
+    /// Makes the entry at `index` map `gfn`, whatever it held. `granted` is what the hardware may
+    /// do now, a part of the guest's own `rights`.
+    pub fn map(
+        &mut self,
+        page: ActivePage,
+        index: usize,
+        gfn: Gfn,
+        frame: Pfn,
+        rights: Rights,
+        granted: Rights,
+    ) {
+        let id = page.id();
+        let shadow = &self.state.pages[id];
+        let (level, table) = (shadow.role.level, shadow.frame);
+        let mapping = if level == Level::One {
+            Mapping::Small
+        } else {
+            Mapping::Large
+        };
+        let new = Spte::leaf(frame, granted, mapping);
+        let old = self.load(id, index);
+        if old.is_present() && self.is_leaf(id, old) && old.frame() == frame {
+            let same = Target::Leaf { gfn, rights };
+            let held = self.target(id, index, old);
+            if matches!(held, Target::Leaf { gfn: held, .. } if held == gfn) {
+                if held != same
+                    && let Some(translations) = &mut self.state.pages[id].translations
+                {
+                    translations[index] = leaf_translation(gfn, rights);
+                }
+                let old = Spte(self.host.swap(table, index, new.0));
+                self.state.flush_pending |= old.needs_flush_before(new);
+                return;
+            }
+        }
+        self.drop_entry(id, index);
+        self.note(id, index, leaf_translation(gfn, rights));
+        let state = &mut *self.state;
+        if let Some(slot) = state.slots.of(gfn) {
+            state
+                .nodes
+                .insert(slot.rmap(level, gfn), SpteRef { page: id, index });
+        }
+        self.host.store(table, index, new.0);
+    }
+
+    /// Makes the entry at `index` of a level-1 page an MMIO entry, whatever it held.
+    pub fn map_mmio(&mut self, page: ActivePage, index: usize, gfn: Gfn, rights: Rights) {
+        let id = page.id();
+        self.drop_entry(id, index);
+        self.note(id, index, leaf_translation(gfn, rights));
+        let value = Spte::mmio(self.state.mmio_generation, rights);
+        self.host.store(self.state.pages[id].frame, index, value.0);
+    }
+
+    /// Takes the write right from every entry that maps `gfn`. Large entries go altogether.
+    pub fn write_protect(&mut self, gfn: Gfn) {
+        for level in MAPPING_LEVELS {
+            let Some(slot) = self.state.slots.of(gfn) else {
+                return;
+            };
+            let head = *slot.rmap(level, gfn);
+            if level == Level::One {
+                let mut cursor = RmapNodes::start(head);
+                while let Some(spte) = self.state.nodes.step(&mut cursor) {
+                    self.write_protect_entry(spte);
+                }
+            } else {
+                self.drop_writable(level, gfn, head);
+            }
+        }
+    }
+
+    fn drop_writable(&mut self, level: Level, gfn: Gfn, mut head: RmapHead) {
+        // The list changes with every drop, so it is read again from the start.
+        while let Some(spte) = self.state.nodes.first(head) {
+            self.drop_entry(spte.page, spte.index);
+            let Some(slot) = self.state.slots.of(gfn) else {
+                return;
+            };
+            head = *slot.rmap(level, gfn);
+        }
+    }
+
+    pub fn write_protect_entry(&mut self, spte: SpteRef) {
+        let frame = self.state.pages[spte.page].frame;
+        let mut old = self.load(spte.page, spte.index);
+        while old.is_writable() {
+            // The hardware may set the accessed or dirty bit in between.
+            let new = old.write_protected();
+            match self.host.compare_exchange(frame, spte.index, old.0, new.0) {
+                Ok(_) => {
+                    self.state.flush_pending = true;
+                    return;
+                }
+                Err(found) => old = Spte(found),
+            }
+        }
+    }
+
+    /// Whether a write to `gfn` would change a table that a shadow page holds to be unchanged.
+    pub fn is_tracked(&self, gfn: Gfn) -> bool {
+        self.state.pages.of(gfn).any(|id| {
+            let page = &self.state.pages[id];
+            !page.role.is_direct() && !page.unsync
+        })
+    }
+
+    /// The entries of `page` that are not empty, with room for changes in between.
+    pub fn next_used(&self, page: PageId, from: usize) -> Option<(usize, Spte)> {
+        (from..ENTRIES)
+            .map(|index| (index, self.load(page, index)))
+            .find(|(_, spte)| !spte.is_empty())
+    }
+
+    /// The host frame of `gfn` if it is memory that has been touched.
+    pub fn resolve(&self, gfn: Gfn) -> Option<Pfn> {
+        let slot = self.state.slots.usable(gfn)?;
+        let found = self
+            .host
+            .frame(slot.memory.id, slot.page(gfn), crate::host::Touch::Peek);
+        found.ok().flatten()
+    }
+}

@@ -1,0 +1,162 @@
+//! Zapping: pages are prepared into a batch and the batch is committed once.
+//!
+//! Preparing takes a page out of every structure and clears its entries, so that nothing new can
+//! reach it; a page that lost its last parent goes with it. Committing sends the one TLB flush and
+//! only then frees the frames. A page that is a root in use is not freed: it becomes `Invalid`,
+//! and the last to let go of it frees it.
+
+use crate::host::Host;
+use crate::level::ENTRIES;
+use crate::page::{ActivePage, PageId, PageState};
+use crate::state::{CACHED, Core};
+use alloc::vec::Vec;
+use core::sync::atomic::Ordering;
+use umbra_vcpu::address::Gfn;
+
+/// Zapped pages that still have their frames. The pages themselves are the list.
+#[must_use = "zapped pages are freed by committing the batch"]
+pub(crate) struct Batch {
+    first: Option<PageId>,
+    length: usize,
+}
+
+impl Batch {
+    pub const fn new() -> Self {
+        Self {
+            first: None,
+            length: 0,
+        }
+    }
+
+    /// Pages that the commit will free.
+    pub fn len(&self) -> usize {
+        self.length
+    }
+}
+
+impl Drop for Batch {
+    fn drop(&mut self) {
+        debug_assert!(
+            self.first.is_none(),
+            "a batch of zapped pages was dropped uncommitted"
+        );
+    }
+}
+
+impl<H: Host> Core<'_, H> {
+    /// Zaps `page` and every page that only it pointed to. Returns how many left the active list.
+    pub fn prepare_zap(&mut self, page: ActivePage, batch: &mut Batch) -> usize {
+        let id = page.id();
+        // Off the lists first: nothing below can find the page any more.
+        let rooted = self.state.pages[id].root_count > 0;
+        let state = if rooted {
+            PageState::Invalid
+        } else {
+            PageState::Zapped
+        };
+        self.state.pages.retire(page, state);
+        self.state.counters.mmu_shadow_zapped += 1;
+        let mut zapped = 1;
+        while let Some(parent) = self.state.nodes.first(self.state.pages[id].parents) {
+            self.drop_entry(parent.page, parent.index);
+        }
+        for index in 0..ENTRIES {
+            if self.state.pages[id].used_entries == 0 {
+                break;
+            }
+            if let Some(child) = self.drop_entry(id, index)
+                && self.is_orphan(child)
+                && let Some(child) = self.state.pages.active(child)
+            {
+                zapped += self.prepare_zap(child, batch);
+            }
+        }
+        let shadow = &self.state.pages[id];
+        if !shadow.role.is_direct() {
+            let gfn = shadow.gfn;
+            if let Some(slot) = self.state.slots.of(gfn) {
+                slot.allow_large(gfn);
+            }
+        }
+        if rooted {
+            self.state.flush_pending = true;
+            self.root_epoch.fetch_add(1, Ordering::Release);
+        } else {
+            self.add(id, batch);
+        }
+        zapped
+    }
+
+    /// Whether nothing leads to the page.
+    pub fn is_orphan(&self, id: PageId) -> bool {
+        let page = &self.state.pages[id];
+        page.parents.is_empty() && page.root_count == 0
+    }
+
+    fn add(&mut self, id: PageId, batch: &mut Batch) {
+        self.state.pages[id].next_zapped = batch.first.replace(id);
+        batch.length += 1;
+    }
+
+    /// Flushes once and frees what was prepared.
+    pub fn commit(&mut self, mut batch: Batch) {
+        let mut at = batch.first.take();
+        if at.is_none() {
+            return;
+        }
+        self.state.flush_pending = true;
+        self.flush();
+        let mut freed = 0;
+        while let Some(id) = at {
+            let page = self.state.pages.release(id);
+            at = page.next_zapped;
+            freed += 1;
+            // Every entry was cleared, so the frame is as good as a new one.
+            give(&mut self.state.caches.frames, page.frame, |frame| {
+                self.host.free(frame)
+            });
+            if let Some(translations) = page.translations {
+                give(&mut self.state.caches.translations, translations, drop);
+            }
+        }
+        self.state.used -= freed;
+        self.budget.release(freed);
+    }
+
+    /// Takes a root's hold on its page away; an invalid page that nobody holds any more is freed.
+    pub fn release_root(&mut self, id: PageId, batch: &mut Batch) {
+        let page = &mut self.state.pages[id];
+        debug_assert!(page.root_count > 0, "a root was released twice");
+        page.root_count -= 1;
+        if page.root_count == 0 && page.state == PageState::Invalid {
+            page.state = PageState::Zapped;
+            self.add(id, batch);
+        }
+    }
+
+    fn first_table(&self, gfn: Gfn) -> Option<ActivePage> {
+        let mut pages = self.state.pages.of(gfn);
+        let id = pages.find(|id| !self.state.pages[*id].role.is_direct())?;
+        self.state.pages.active(id)
+    }
+
+    /// Zaps every page that belongs to a guest frame.
+    pub fn zap_gfn(&mut self, gfn: Gfn) -> usize {
+        let mut batch = Batch::new();
+        let mut zapped = 0;
+        while let Some(page) = self.first_table(gfn) {
+            zapped += self.prepare_zap(page, &mut batch);
+        }
+        self.commit(batch);
+        zapped
+    }
+}
+
+/// Keeps `item` in a cache that has room, or disposes of it.
+fn give<T>(cache: &mut Vec<T>, item: T, dispose: impl FnOnce(T)) {
+    if cache.len() < CACHED.min(cache.capacity()) {
+        cache.push(item);
+    } else {
+        dispose(item);
+    }
+}
