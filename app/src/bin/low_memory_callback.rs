@@ -378,7 +378,7 @@ mod hoard {
             // SAFETY: the block is as large and as aligned as its layout says.
             unsafe {
                 block.write_bytes(0xff, BLOCK.size());
-                block.cast::<*mut u8>().write(FIRST.load(Relaxed));
+                block.cast::<*mut u8>().write_unaligned(FIRST.load(Relaxed));
             }
             FIRST.store(block, Relaxed);
         }
@@ -393,7 +393,7 @@ mod hoard {
                 break;
             }
             // SAFETY: the block is in the hoard, so it begins with the address of the next.
-            FIRST.store(unsafe { block.cast::<*mut u8>().read() }, Relaxed);
+            FIRST.store(unsafe { block.cast::<*mut u8>().read_unaligned() }, Relaxed);
             super::release(block, BLOCK);
             released += BLOCK.size();
         }

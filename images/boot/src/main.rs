@@ -196,7 +196,7 @@ fn lift_modules(memory: &[Range<u64>], boot: &mut BootInformation, stub: &Range<
         // overlap this module either. 2. The boot protocol's structures may lie there, but all that
         // was needed is copied.
         unsafe {
-            core::ptr::copy_nonoverlapping(module.as_ptr(), place.start as *mut u8, module.len())
+            core::ptr::copy_nonoverlapping(module.as_ptr(), place.start as *mut u8, module.len());
         };
         boot.modules[index].range = place;
     }

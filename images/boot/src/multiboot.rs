@@ -13,17 +13,17 @@ const TAG_HEADER: u64 = 8;
 pub fn read(address: PhysicalAddress) -> BootInformation {
     let size = address.bytes(8, "the Multiboot2 information");
     let size = u32::from_le_bytes([size[0], size[1], size[2], size[3]]);
-    let bytes = address.bytes(u64::from(size), "the Multiboot2 information");
+    // Checks that all of it is mapped.
+    let _ = address.bytes(u64::from(size), "the Multiboot2 information");
 
     // SAFETY: the structure is as long as its first field says, and the whole of that is mapped.
-    let information =
-        match unsafe { Multiboot2::load(bytes.as_ptr().cast::<BootInformationHeader>()) } {
-            Ok(information) => information,
-            Err(error) => fail(
-                ExitCode::BadInput,
-                format_args!("the Multiboot2 information at {address} is malformed: {error:?}"),
-            ),
-        };
+    let information = match unsafe { Multiboot2::load(address.0 as *const BootInformationHeader) } {
+        Ok(information) => information,
+        Err(error) => fail(
+            ExitCode::BadInput,
+            format_args!("the Multiboot2 information at {address} is malformed: {error:?}"),
+        ),
+    };
 
     let Some(memory_map) = information.memory_map_tag() else {
         fail(
