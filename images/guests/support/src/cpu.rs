@@ -339,3 +339,35 @@ pub fn physical_address_bits() -> u32 {
         36
     }
 }
+
+/// UD2.
+pub fn undefined() {
+    // SAFETY: it raises #UD and changes nothing.
+    unsafe { asm!("ud2", options(nomem, nostack)) };
+}
+
+/// Jumps to `address` for good.
+pub fn jump(address: VirtAddr) -> ! {
+    // SAFETY: whatever happens there, nothing of ours runs afterwards.
+    unsafe { asm!("jmp {}", in(reg) address.0, options(noreturn)) }
+}
+
+/// Whether maskable interrupts are taken.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Interrupts {
+    /// IF = 1.
+    On,
+    /// IF = 0.
+    Off,
+}
+
+/// Loops until somebody else ends the guest.
+pub fn loop_forever(interrupts: Interrupts) -> ! {
+    // SAFETY: nothing runs afterwards; `tables::ignore_interrupts` makes interrupts harmless.
+    unsafe {
+        match interrupts {
+            Interrupts::On => asm!("sti", "2:", "jmp 2b", options(noreturn)),
+            Interrupts::Off => asm!("cli", "2:", "jmp 2b", options(noreturn)),
+        }
+    }
+}
