@@ -12,7 +12,6 @@ use crate::slot::SlotFlags;
 use crate::spte::Spte;
 use crate::state::{Core, Target};
 use crate::walk::{Walk, WalkEnd};
-use core::sync::atomic::Ordering;
 use umbra_vcpu::address::{Gfn, Gpa, Gva, Pfn};
 
 /// Why an MMIO access cannot go to memory.
@@ -376,14 +375,9 @@ impl<H: Host> Core<'_, H> {
         self.state.counters.mmu_cache_miss += 1;
         self.state.used += 1;
         self.state.reserved -= 1;
-        let page = self.state.pages.insert(ShadowPage {
-            gfn,
-            role,
-            frame,
-            translations,
-            generation: self.state.generation,
-            ..ShadowPage::default()
-        });
+        let mut shadow = ShadowPage::new(gfn, role, frame, self.state.generation);
+        shadow.translations = translations;
+        let page = self.state.pages.insert(shadow);
         if !role.is_direct() {
             if let Some(slot) = self.state.slots.of(gfn) {
                 slot.disallow_large(gfn);
@@ -442,7 +436,6 @@ impl<H: Host> Core<'_, H> {
             .ids()
             .filter(|id| self.state.pages[*id].root_count > 0)
             .count();
-        let _ = self.root_epoch.load(Ordering::Relaxed);
         NoPageAvailable {
             needed,
             used: self.state.used,

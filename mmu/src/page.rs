@@ -85,6 +85,19 @@ pub(crate) struct ShadowPage {
     unsync_list: Links,
 }
 
+impl ShadowPage {
+    /// A page without entries.
+    pub fn new(gfn: Gfn, role: Role, frame: Hpa, generation: u32) -> Self {
+        Self {
+            gfn,
+            role,
+            frame,
+            generation,
+            ..Self::default()
+        }
+    }
+}
+
 impl Default for ShadowPage {
     fn default() -> Self {
         Self {
@@ -135,10 +148,6 @@ impl PageList {
 
     pub fn len(&self) -> usize {
         self.length
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.length == 0
     }
 }
 

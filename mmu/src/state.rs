@@ -269,13 +269,6 @@ impl<H: Host> Core<'_, H> {
         })
     }
 
-    /// The entries of `page` that are not empty, with room for changes in between.
-    pub fn next_used(&self, page: PageId, from: usize) -> Option<(usize, Spte)> {
-        (from..ENTRIES)
-            .map(|index| (index, self.load(page, index)))
-            .find(|(_, spte)| !spte.is_empty())
-    }
-
     /// The host frame of `gfn` if it is memory that has been touched.
     pub fn resolve(&self, gfn: Gfn) -> Option<Pfn> {
         let slot = self.state.slots.usable(gfn)?;
