@@ -1,1 +1,30 @@
+//! AMD SVM behind [`umbra_vcpu`], without nested paging (APM vol. 2 chapter 15, publication 24593).
+//!
+//! [`Core::enable`] switches SVM on; each [`SvmVcpu`] made from the core is one guest processor. The
+//! guest runs on the shadow tables that [`umbra_vcpu::Vcpu::set_shadow_paging`] names; the VMCB's
+//! CR0, CR3, CR4 and EFER are the hardware's, and the guest's own values are kept beside it.
+//!
+//! Protocol: a core and its vCPUs stay on the host core where they were made. `run` is the only
+//! function that enters a guest.
+//!
+//! Emulators without NRIPS and decode assists are first-class here: lengths and operands come from
+//! the instruction bytes where the processor does not give them.
 #![no_std]
+
+extern crate alloc;
+
+pub mod capability;
+pub mod check;
+mod core_state;
+mod debug;
+mod decode;
+mod entry;
+mod exits;
+mod injection;
+mod permission;
+mod run;
+mod vcpu;
+mod vmcb;
+
+pub use core_state::{Core, EnableError};
+pub use vcpu::SvmVcpu;

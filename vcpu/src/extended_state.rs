@@ -74,6 +74,11 @@ impl ExtendedStateOwner {
         }
     }
 
+    /// Whether the core's registers hold `state`.
+    pub fn is_owner(&self, state: NonNull<ExtendedState>) -> bool {
+        self.owner == Some(state)
+    }
+
     /// Makes `state` the owner of this core's registers.
     ///
     /// # Safety
