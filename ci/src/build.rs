@@ -58,6 +58,12 @@ pub struct Guest {
     pub name: String,
     /// The Rust target that it is built for.
     pub target: String,
+    /// Umbra's exit code when it has run.
+    pub expect_exit_code: u8,
+    /// What it prints, in this order.
+    pub console: Vec<String>,
+    /// Its command line.
+    pub command_line: Option<String>,
 }
 
 #[derive(Deserialize)]

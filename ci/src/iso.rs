@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 
 use crate::command::{Step, clean};
+use crate::input::BadInput;
 use crate::project::{Project, write_if_changed};
 
 /// Where Debian's `grub-pc-bin` keeps GRUB for BIOS machines.
@@ -21,6 +22,8 @@ const MODULES: &[&str] = &[
     "echo",
     "serial",
     "terminal",
+    "test",
+    "halt",
 ];
 /// 1 January 2000, in xorriso's words: any fixed date makes images reproducible.
 const DATE: &str = "2000010100000000";
@@ -40,6 +43,7 @@ pub struct Content<'a> {
 /// # Errors
 /// When GRUB's tools or xorriso fail.
 pub fn write(project: &Project, content: &Content<'_>, work: &Path, iso: &Path) -> Result<()> {
+    check_arguments(content.arguments)?;
     let config = work.join("grub.cfg");
     write_if_changed(&config, grub_config(content).as_bytes())?;
     let loader = loader(project)?;
@@ -113,19 +117,36 @@ fn loader(project: &Project) -> Result<PathBuf> {
     Ok(loader)
 }
 
-/// No menu, no waiting; what GRUB has to complain about goes to the serial console.
+/// No menu, no waiting, and nothing on the serial console unless something is wrong.
 fn grub_config(content: &Content<'_>) -> String {
-    let mut boot = vec!["multiboot2 /boot/umbra.elf --".to_owned()];
-    boot.extend(content.arguments.iter().map(|argument| quote(argument)));
-    let boot = boot.join(" ");
-    let mut lines = vec![
-        "serial --unit=0 --speed=115200",
-        "terminal_output serial",
-        &boot,
-    ];
-    lines.extend(content.archive.map(|_| "module2 /boot/guest.tar guest.tar"));
-    lines.extend(["boot", ""]);
-    lines.join("\n")
+    let mut load = vec!["multiboot2 /boot/umbra.elf --".to_owned()];
+    load.extend(content.arguments.iter().map(|argument| quote(argument)));
+    let mut load = load.join(" ");
+    if content.archive.is_some() {
+        load += " && module2 /boot/guest.tar guest.tar";
+    }
+    format!(
+        "if {load}; then boot; fi\n\
+         serial --unit=0 --speed=115200\n\
+         terminal_output serial\n\
+         echo \"GRUB cannot load the image: its files are damaged, or the memory is too small\"\n\
+         halt\n"
+    )
+}
+
+/// GRUB puts an argument with a space between double quotes, and escapes apostrophes within by a
+/// backslash, which Hermit's parser then takes for itself.
+fn check_arguments(arguments: &[String]) -> Result<()> {
+    match arguments
+        .iter()
+        .find(|argument| argument.contains(' ') && argument.contains('\''))
+    {
+        Some(argument) => Err(BadInput(format!(
+            "GRUB cannot pass on an argument that has a space and an apostrophe: {argument}"
+        ))
+        .into()),
+        None => Ok(()),
+    }
 }
 
 /// Quotes a word for GRUB's shell, which knows single quotes as POSIX's does.
@@ -156,17 +177,24 @@ mod tests {
 
     #[test]
     fn the_guest_is_a_module() {
-        let text = config(
-            &["--guest", "hello", "--append", "a 'b' $c"],
-            Some(Path::new("g.tar")),
-        );
-        assert!(text.contains("umbra.elf -- --guest hello --append 'a '\\''b'\\'' $c'\nmodule2 "));
-        assert!(text.ends_with("boot\n"));
+        let arguments = ["--guest", "hello", "--append", "a $b"];
+        let text = config(&arguments, Some(Path::new("g.tar")));
+        let first = "if multiboot2 /boot/umbra.elf -- --guest hello --append 'a $b' \
+                     && module2 /boot/guest.tar guest.tar; then boot; fi";
+        assert_eq!(text.lines().next(), Some(first));
     }
 
     #[test]
     fn without_a_guest_there_is_no_module() {
         assert!(!config(&[], None).contains("module2"));
-        assert!(config(&["--append", ""], None).contains("-- --append ''\n"));
+        assert!(config(&["--append", ""], None).contains("-- --append ''; then boot"));
+        assert_eq!(quote("it's"), r"'it'\''s'");
+    }
+
+    #[test]
+    fn what_grub_would_change_is_refused() {
+        let check = |argument: &str| check_arguments(&[argument.to_owned()]);
+        assert!(check("a b").is_ok() && check("a'b").is_ok() && check("\"a b\"").is_ok());
+        assert!(check("it's that").unwrap_err().is::<BadInput>());
     }
 }

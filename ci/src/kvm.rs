@@ -34,7 +34,7 @@ pub enum Unusable {
     #[error("no memory for the preflight: {0}")]
     Memory(String),
     /// The preflight's program did not run to its end.
-    #[error("it opens, but stops on ordinary instructions: {0}")]
+    #[error("it opens, but stops on ordinary instructions ({0})")]
     Stopped(String),
     /// The preflight's program neither ended nor failed.
     #[error("it opens, but hangs on ordinary instructions")]

@@ -1,4 +1,7 @@
-//! A scenario: what to boot, where, and what must come of it. One TOML file each, in `ci/scenarios`.
+//! A scenario: what to boot, where, and what must come of it.
+//!
+//! Each of our own guests is one, as `images/guests/guests.toml` says what it prints and how it ends.
+//! Others are TOML files in `ci/scenarios`; one that is named after a guest takes its place.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -7,12 +10,13 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use serde::Deserialize;
-use umbra_report::{Outcome, Report};
+use umbra_report::{ExitCode, Outcome, Report};
 
-use crate::build::Application;
+use crate::build::{self, Application, Guest};
 use crate::input::BadInput;
 use crate::keys::{self, Keys, LEAF};
 use crate::platform::Platform;
+use crate::project::Project;
 use crate::report;
 
 /// What a scenario file holds. Everything but `exit_code` may be left out.
@@ -116,12 +120,50 @@ fn no_bound() -> u64 {
     u64::MAX
 }
 
+/// How long a guest runs that must be stopped.
+const GUEST_WATCHDOG_SECONDS: u64 = 2;
+
 impl Scenario {
-    /// Reads every scenario of a directory, in the order of their names.
+    /// Every scenario, in the order of their names.
     ///
     /// # Errors
-    /// The first mistake in any of them.
-    pub fn read_all(directory: &Path) -> Result<Vec<Self>> {
+    /// The first mistake in any file.
+    pub fn all(project: &Project) -> Result<Vec<Self>> {
+        let mut scenarios = Self::read_all(&project.root().join("ci/scenarios"))?;
+        for guest in build::guests(project)? {
+            if !scenarios.iter().any(|scenario| scenario.name == guest.name) {
+                scenarios.push(Self::of_guest(guest));
+            }
+        }
+        scenarios.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(scenarios)
+    }
+
+    fn of_guest(guest: Guest) -> Self {
+        Self {
+            name: guest.name.clone(),
+            about: None,
+            platforms: everywhere(),
+            application: Application::Umbra,
+            guest: Some(guest.name),
+            truncate_guest: None,
+            initrd: None,
+            append: guest.command_line,
+            memory: None,
+            mmu_pages: None,
+            watchdog: (guest.expect_exit_code == ExitCode::Watchdog.as_u8())
+                .then_some(GUEST_WATCHDOG_SECONDS),
+            arguments: Vec::new(),
+            limit: two_minutes(),
+            exit_code: guest.expect_exit_code,
+            console: guest.console,
+            forbid: Vec::new(),
+            report: BTreeMap::new(),
+            directory: PathBuf::new(),
+        }
+    }
+
+    fn read_all(directory: &Path) -> Result<Vec<Self>> {
         let entries = fs::read_dir(directory)
             .with_context(|| format!("cannot read {}", directory.display()))?;
         let mut paths: Vec<_> = entries
@@ -404,7 +446,20 @@ mod tests {
 
     #[test]
     fn our_own_scenarios_are_read() {
-        let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("scenarios");
-        assert!(!Scenario::read_all(&directory).unwrap().is_empty());
+        let scenarios = Scenario::all(&Project::find()).unwrap();
+        let mut names: Vec<_> = scenarios
+            .iter()
+            .map(|scenario| scenario.name.as_str())
+            .collect();
+        assert!(names.contains(&"hello") && names.contains(&"low-memory-callback"));
+        names.dedup();
+        assert_eq!(names.len(), scenarios.len(), "two scenarios have one name");
+        for scenario in &scenarios {
+            assert!(
+                !scenario.platforms.is_empty(),
+                "{} runs nowhere",
+                scenario.name
+            );
+        }
     }
 }

@@ -98,7 +98,7 @@ pub fn test(project: &Project, options: &Options) -> Result<u8> {
 }
 
 fn jobs(project: &Project, filter: &str) -> Result<Vec<Job>> {
-    let scenarios = Scenario::read_all(&project.root().join("ci/scenarios"))?;
+    let scenarios = Scenario::all(project)?;
     let jobs = scenarios.into_iter().flat_map(|scenario| {
         let platforms = scenario.platforms.clone();
         platforms.into_iter().map(move |platform| Job {

@@ -159,13 +159,12 @@ fn add_source_by_rustup() -> Option<Toolchain> {
     eprintln!("Installing the component rust-src into rustup's toolchain {name}");
     let step = Step::new("rustup component add rust-src").within(RUSTUP_LIMIT);
     let mut command = clean("rustup");
-    match step.run(command.args(["component", "add", "rust-src", "--toolchain", &name])) {
-        Ok(_) => rustup(&name),
-        Err(_) => {
-            eprintln!("rustup cannot get it from here; taking Debian's toolchain instead");
-            None
-        }
+    command.args(["component", "add", "rust-src", "--toolchain", &name]);
+    if step.run(&mut command).is_err() {
+        eprintln!("rustup cannot get it from here; taking Debian's toolchain instead");
+        return None;
     }
+    rustup(&name)
 }
 
 const DEBIAN_CARGO: &str = "/usr/bin/cargo";

@@ -83,7 +83,7 @@ fn converse(
             Err(error) => return Err(error).context("the serial console's port failed"),
         }
         if child.try_wait()?.is_some() || start.elapsed() > CONNECTION_LIMIT {
-            let log = last_lines(&boot.work.join("bochs.log"));
+            let log = complaints(boot.work);
             return Ok(Ending::Failed(format!("Bochs did not start\n{log}")));
         }
         thread::sleep(Duration::from_millis(5));
@@ -100,7 +100,7 @@ fn converse(
         (Some(_), Some(code)) => Ending::Exit(code),
         (Some(status), None) => Ending::Failed(format!(
             "Bochs ended without an exit status of Umbra's ({status})\n{}",
-            last_lines(&boot.work.join("bochs.log"))
+            complaints(boot.work)
         )),
     })
 }
@@ -123,17 +123,22 @@ fn configuration(work: &Path, iso: &Path, port: u16, memory_mib: u64) -> String 
          error: action=ignore\n\
          info: action=ignore\n\
          debug: action=ignore\n\
-         speaker: enabled=0\n",
+         speaker: enabled=0\n\
+         sound: driver=default, waveoutdrv=dummy, waveindrv=dummy, midioutdrv=dummy\n",
         iso = iso.display(),
         log = work.join("bochs.log").display(),
     )
 }
 
-fn last_lines(path: &Path) -> String {
-    let text = fs::read(path).map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
-    let text = text.unwrap_or_default();
-    let lines: Vec<_> = text.lines().collect();
-    lines[lines.len().saturating_sub(8)..].join("\n")
+/// The end of what Bochs itself printed and logged.
+fn complaints(work: &Path) -> String {
+    let last_lines = |name: &str| {
+        let bytes = fs::read(work.join(name)).unwrap_or_default();
+        let text = String::from_utf8_lossy(&bytes).into_owned();
+        let lines: Vec<_> = text.lines().collect();
+        lines[lines.len().saturating_sub(8)..].join("\n")
+    };
+    format!("{}\n{}", last_lines("bochs.out"), last_lines("bochs.log"))
 }
 
 #[cfg(test)]
