@@ -167,6 +167,11 @@ impl Finished {
             .join("\n")
     }
 
+    /// All that it printed, line by line.
+    pub fn lines(&self) -> impl Iterator<Item = &str> {
+        self.lines.iter().map(|(_, line)| line.as_str())
+    }
+
     /// The end of all that it printed.
     pub fn tail(&self) -> String {
         let skipped = self.lines.len().saturating_sub(LINES_SHOWN);

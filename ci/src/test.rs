@@ -138,7 +138,9 @@ fn host_tests(project: &Project, filter: &str) -> Result<Count> {
     let mut count = count_host_tests(&finished.output());
     let succeeded = finished.status.is_some_and(|status| status.success());
     if !succeeded {
-        println!("{}", finished.tail());
+        for line in finished.lines().filter(|line| !is_uneventful(line)) {
+            println!("{line}");
+        }
         // Whatever did not even compile is one failure.
         count.failed = count.failed.max(1);
     }
@@ -147,6 +149,11 @@ fn host_tests(project: &Project, filter: &str) -> Result<Count> {
         count.passed, count.failed
     );
     Ok(count)
+}
+
+/// Lines that nobody misses in the output of tests that failed.
+fn is_uneventful(line: &str) -> bool {
+    line.is_empty() || line.ends_with(" ... ok") || line.trim_start().starts_with("Compiling ")
 }
 
 /// Sums libtest's `test result: ok. 3 passed; 0 failed; …` lines.
