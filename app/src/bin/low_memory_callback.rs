@@ -305,7 +305,8 @@ fn callback(request: Layout) -> usize {
     DEEPEST.fetch_max(depth, Relaxed);
 
     let released = hoard::release(BLOCKS_PER_CALL.load(Relaxed));
-    if CALLBACK_ALLOCATES.load(Relaxed) {
+    // Were it re-entered, its own requests would never end.
+    if depth == 1 && CALLBACK_ALLOCATES.load(Relaxed) {
         OWN_REQUESTS[0].store(self::request(BLOCK), Relaxed);
         OWN_REQUESTS[1].store(self::request(IMPOSSIBLE), Relaxed);
     }
