@@ -10,6 +10,7 @@ use crate::state::{Core, Target};
 use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::format;
 use alloc::string::String;
+use alloc::vec::Vec;
 
 impl<H: Host> Mmu<H> {
     /// Checks all structures against each other: reverse maps and parents against entries, list
@@ -199,6 +200,15 @@ impl<H: Host> Core<'_, H> {
         &self,
         mut leaves: BTreeMap<(u64, Level), BTreeSet<(u32, usize)>>,
     ) -> Result<(), String> {
+        let mut shadowed = Vec::new();
+        let mut at = self.state.pages.active_list().first();
+        while let Some(id) = at {
+            let page = &self.state.pages[id];
+            if !page.role.is_direct() {
+                shadowed.push(page.gfn);
+            }
+            at = self.state.pages.next(id);
+        }
         for slot in self.state.slots.iter() {
             for level in MAPPING_LEVELS {
                 for (gfn, head) in slot.rmaps(level) {
@@ -215,16 +225,17 @@ impl<H: Host> Core<'_, H> {
                 if level == Level::One {
                     continue;
                 }
+                let mut tables = BTreeMap::<u64, u32>::new();
+                for gfn in &shadowed {
+                    if slot.contains(*gfn) {
+                        *tables.entry(level.align(*gfn).as_u64()).or_default() += 1;
+                    }
+                }
                 for (gfn, _) in slot.rmaps(level) {
-                    let tables = (0..level.pages())
-                        .map(|page| gfn.offset(page))
-                        .filter(|gfn| slot.contains(*gfn))
-                        .flat_map(|gfn| self.state.pages.of(gfn))
-                        .filter(|id| !self.state.pages[*id].role.is_direct())
-                        .count() as u32;
+                    let inside = tables.get(&gfn.as_u64()).copied().unwrap_or_default();
                     let (have, want) = (
                         slot.disallow_count(level, gfn),
-                        tables + slot.border_share(level, gfn),
+                        inside + slot.border_share(level, gfn),
                     );
                     ensure!(
                         have == want,

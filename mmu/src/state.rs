@@ -7,7 +7,7 @@
 use crate::budget::Budget;
 use crate::config::MmuConfig;
 use crate::host::Host;
-use crate::level::{ENTRIES, Level};
+use crate::level::Level;
 use crate::page::{ActivePage, PageId, PageTable, Translations};
 use crate::registers::Rights;
 use crate::rmap::{RmapHead, RmapNodes, SpteRef};
