@@ -140,6 +140,18 @@ impl DebugRegisters {
         self.dr7 & DR7_ENABLES != 0
     }
 
+    /// Whether `dr6` says that an instruction breakpoint at `rip` was hit.
+    pub fn hits_instruction(&self, dr6: u64, rip: u64) -> bool {
+        (0..4).any(|index| {
+            let kind = (self.dr7 >> (16 + 4 * index)) & 3;
+            let enables = (self.dr7 >> (2 * index)) & 3;
+            dr6 & (1 << index) != 0
+                && kind == 0
+                && enables != 0
+                && self.addresses[index as usize] == rip
+        })
+    }
+
     /// Loads DR0 to DR3.
     ///
     /// # Safety
@@ -190,6 +202,20 @@ mod tests {
         );
         assert_ne!(dr6 & DR6_BD, 0);
         assert_eq!(registers.read(0, Disabled, &mut dr6), Ok(0), "GD is clear");
+    }
+
+    #[test]
+    fn instruction_breakpoints_are_told_from_others() {
+        let mut registers = DebugRegisters::RESET;
+        registers.addresses = [0x1000, 0x1000, 0, 0];
+        registers.dr7 = DR7_RESET | 0b1111 | 1 << 20;
+        assert!(registers.hits_instruction(DR6_RESET | 1, 0x1000));
+        assert!(!registers.hits_instruction(DR6_RESET | 1, 0x1001));
+        assert!(
+            !registers.hits_instruction(DR6_RESET | 2, 0x1000),
+            "a write"
+        );
+        assert!(!registers.hits_instruction(DR6_RESET, 0x1000));
     }
 
     #[test]

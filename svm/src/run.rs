@@ -53,6 +53,9 @@ impl SvmVcpu {
                 self.unchecked = true;
                 return Err(self.refusal());
             }
+            if let Some(escape) = self.foreign_tables() {
+                return Ok(escape);
+            }
             self.complete_events(exit);
             if let Some(outcome) = self.complete_step(exit) {
                 return Ok(outcome);
@@ -62,6 +65,23 @@ impl SvmVcpu {
                 Outcome::Resume => {}
             }
         }
+    }
+
+    /// Some emulators carry out task switches despite the intercept, and load CR3 from the guest's
+    /// task-state segment. Such a guest ran on tables of its own choice and must not go on.
+    fn foreign_tables(&mut self) -> Option<Exit> {
+        let root = self.paging.root.as_u64();
+        let cr3 = self.vmcb().save.cr3;
+        if cr3 == root {
+            return None;
+        }
+        self.vmcb_mut().save.cr3 = root;
+        self.step = None;
+        self.injected = None;
+        Some(Exit::Unknown {
+            reason: exit_code::TASK_SWITCH,
+            information: cr3,
+        })
     }
 
     fn check(&self) -> Result<(), EntryFailure> {
@@ -95,6 +115,15 @@ impl SvmVcpu {
             if let Event::Exception(exception) = event {
                 if let Some(address) = exception.address {
                     self.vmcb_mut().save.cr2 = address.as_u64();
+                }
+                // The processor pushes RF with the fault of an instruction breakpoint, so that the
+                // handler's IRET does not hit it again; an injected event pushes RFLAGS as it is.
+                if exception.vector == vector::DEBUG
+                    && self
+                        .debug
+                        .hits_instruction(self.vmcb().save.dr6, self.registers.rip)
+                {
+                    self.registers.rflags |= RFlags::RESUME_FLAG.bits();
                 }
                 // Emulators forget that an injected exception is being delivered, so that a second
                 // one would not become a double fault: it exits and is combined here.
