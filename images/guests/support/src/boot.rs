@@ -3,6 +3,10 @@
 
 use core::slice;
 
+/// The command line's word that leaves out or loosens the few checks that QEMU's software emulation
+/// fails by itself: reserved bits of control registers, MSRs and page faults.
+pub const LENIENT: &str = "lenient";
+
 const MULTIBOOT_MAGIC: u32 = 0x2bad_b002;
 const PVH_MAGIC: u32 = 0x336e_c578;
 const RAM: u32 = 1;
@@ -115,6 +119,16 @@ impl BootInfo {
                 Module { data, command_line: text(load(entry + 16)) }
             }
         })
+    }
+
+    /// Whether [`LENIENT`] is asked for.
+    pub fn is_lenient(&self) -> bool {
+        self.has_word(LENIENT)
+    }
+
+    /// Whether a processor that leaves out rarely used checks shall fail.
+    pub fn is_strict(&self) -> bool {
+        self.has_word("strict")
     }
 
     /// Whether `word` is one of the command line's words.

@@ -19,6 +19,7 @@ pub mod check;
 pub mod console;
 pub mod cpu;
 pub mod entry;
+pub mod exceptions;
 pub mod hello;
 pub mod memory;
 pub mod paging;

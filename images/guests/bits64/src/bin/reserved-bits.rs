@@ -17,7 +17,7 @@ fn run(boot: &BootInfo, checks: &mut Checks) {
     poke(frame, 0x1234_5678_u32);
     space.map(page, 1, frame, bits::P | bits::W);
     turn_on(space);
-    let lenient = boot.has_word(umbra_guest::paging::RESERVED_WITHOUT_PRESENT);
+    let lenient = boot.is_lenient();
     for level in 1..=4 {
         for bit in cpu::physical_address_bits()..52 {
             with_bit(checks, space, page, level, 1 << bit, lenient);

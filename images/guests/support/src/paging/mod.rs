@@ -16,7 +16,7 @@ use crate::check::Checks;
 use space::Space;
 use suite::Suite;
 pub use random::Numbers;
-pub use suite::{RESERVED_WITHOUT_PRESENT, error};
+pub use suite::{call, error};
 
 /// Runs all checks of one mode. Paging must be on with `space`.
 pub fn run(boot: &BootInfo, checks: &mut Checks, space: Space) {
