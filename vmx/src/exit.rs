@@ -1,0 +1,586 @@
+//! From the VMCS's exit fields to a semantic [`Exit`].
+//!
+//! [`RawExit::read`] reads only the fields that a reason defines (SDM vol. 3C 28.2); [`decode`] is
+//! pure. Numbers of exit reasons: SDM vol. 3D appendix C.
+
+use umbra_vcpu::address::Gva;
+use umbra_vcpu::event::vector;
+use umbra_vcpu::exit::{ControlRegister, Exit, IoAccess, IoDirection, IoOperand, IoWidth, Repeat};
+use umbra_vcpu::registers::{CodeWidth, Gpr, Registers, SegmentRegister};
+use x86_64::structures::idt::PageFaultErrorCode;
+
+use crate::event::Report;
+use crate::fields;
+use crate::instructions::CurrentVmcs;
+
+/// Basic exit reasons.
+#[allow(missing_docs, reason = "the manual's table is the documentation")]
+pub mod reason {
+    pub const EXCEPTION_OR_NMI: u16 = 0;
+    pub const EXTERNAL_INTERRUPT: u16 = 1;
+    pub const TRIPLE_FAULT: u16 = 2;
+    pub const INTERRUPT_WINDOW: u16 = 7;
+    pub const NMI_WINDOW: u16 = 8;
+    pub const TASK_SWITCH: u16 = 9;
+    pub const CPUID: u16 = 10;
+    pub const GETSEC: u16 = 11;
+    pub const HLT: u16 = 12;
+    pub const INVD: u16 = 13;
+    pub const INVLPG: u16 = 14;
+    pub const RDPMC: u16 = 15;
+    pub const RDTSC: u16 = 16;
+    pub const VMCALL: u16 = 18;
+    pub const VMCLEAR: u16 = 19;
+    pub const VMXON: u16 = 27;
+    pub const CONTROL_REGISTER: u16 = 28;
+    pub const IO: u16 = 30;
+    pub const RDMSR: u16 = 31;
+    pub const WRMSR: u16 = 32;
+    pub const INVALID_GUEST_STATE: u16 = 33;
+    pub const MSR_LOADING: u16 = 34;
+    pub const MWAIT: u16 = 36;
+    pub const MONITOR: u16 = 39;
+    pub const PAUSE: u16 = 40;
+    pub const MACHINE_CHECK_DURING_ENTRY: u16 = 41;
+    pub const INVEPT: u16 = 50;
+    pub const RDTSCP: u16 = 51;
+    pub const PREEMPTION_TIMER: u16 = 52;
+    pub const INVVPID: u16 = 53;
+    pub const WBINVD: u16 = 54;
+    pub const XSETBV: u16 = 55;
+    pub const INVPCID: u16 = 58;
+    pub const VMFUNC: u16 = 59;
+}
+
+/// Bit 31 of the exit reason: the entry failed, nothing ran.
+const ENTRY_FAILURE: u32 = 1 << 31;
+
+/// In the exit qualification of I/O: a string instruction (SDM vol. 3C table 28-5).
+const STRING_IO: u64 = 1 << 4;
+
+/// What the processor recorded of an exit; fields that the reason does not define are zero.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RawExit {
+    /// The exit reason with its flag bits.
+    pub reason: u32,
+    /// Exit qualification.
+    pub qualification: u64,
+    /// VM-exit interruption information, for exceptions and NMIs.
+    pub interruption: Report,
+    /// IDT-vectoring information: the event whose delivery the exit interrupted.
+    pub vectoring: Report,
+    /// VM-exit instruction information.
+    pub instruction_information: u32,
+    /// Guest-linear address.
+    pub linear_address: u64,
+}
+
+impl RawExit {
+    /// Reads the fields of the exit that has just happened.
+    #[inline]
+    pub fn read(vmcs: &CurrentVmcs<'_>) -> Self {
+        let mut exit = Self {
+            reason: vmcs.read(fields::EXIT_REASON),
+            ..Self::default()
+        };
+        match exit.basic_reason() {
+            reason::EXCEPTION_OR_NMI => {
+                exit.qualification = vmcs.read(fields::EXIT_QUALIFICATION);
+                exit.interruption = Report {
+                    information: vmcs.read(fields::EXIT_INTERRUPTION_INFORMATION),
+                    error_code: vmcs.read(fields::EXIT_INTERRUPTION_ERROR_CODE),
+                    instruction_length: 0,
+                };
+                exit.vectoring = read_vectoring(vmcs);
+            }
+            reason::CPUID
+            | reason::HLT
+            | reason::RDMSR
+            | reason::WRMSR
+            | reason::EXTERNAL_INTERRUPT
+            | reason::INTERRUPT_WINDOW
+            | reason::PREEMPTION_TIMER => {}
+            reason::IO => {
+                exit.qualification = vmcs.read(fields::EXIT_QUALIFICATION);
+                if exit.qualification & STRING_IO != 0 {
+                    exit.instruction_information = vmcs.read(fields::EXIT_INSTRUCTION_INFORMATION);
+                    exit.linear_address = vmcs.read(fields::GUEST_LINEAR_ADDRESS);
+                }
+            }
+            reason::INVPCID => {
+                exit.qualification = vmcs.read(fields::EXIT_QUALIFICATION);
+                exit.instruction_information = vmcs.read(fields::EXIT_INSTRUCTION_INFORMATION);
+            }
+            reason::CONTROL_REGISTER | reason::INVLPG => {
+                exit.qualification = vmcs.read(fields::EXIT_QUALIFICATION);
+            }
+            _ => {
+                exit.qualification = vmcs.read(fields::EXIT_QUALIFICATION);
+                exit.vectoring = read_vectoring(vmcs);
+            }
+        }
+        exit
+    }
+
+    /// The reason without its flags.
+    pub const fn basic_reason(&self) -> u16 {
+        self.reason as u16
+    }
+
+    /// Whether the processor refused to enter the guest.
+    pub const fn is_entry_failure(&self) -> bool {
+        self.reason & ENTRY_FAILURE != 0
+    }
+
+    /// The event to deliver again. A task switch through a task gate is itself the delivery of its
+    /// event and leaves none.
+    pub const fn interrupted(&self) -> Report {
+        const FROM_IDT: u64 = 3;
+        if self.basic_reason() == reason::TASK_SWITCH && self.qualification >> 30 & 3 == FROM_IDT {
+            return Report {
+                information: 0,
+                error_code: 0,
+                instruction_length: 0,
+            };
+        }
+        self.vectoring
+    }
+}
+
+fn read_vectoring(vmcs: &CurrentVmcs<'_>) -> Report {
+    let information = vmcs.read(fields::IDT_VECTORING_INFORMATION);
+    let mut report = Report {
+        information,
+        ..Report::default()
+    };
+    if report.is_valid() {
+        report.error_code = vmcs.read(fields::IDT_VECTORING_ERROR_CODE);
+        report.instruction_length = vmcs.read(fields::EXIT_INSTRUCTION_LENGTH);
+    }
+    report
+}
+
+/// What decoding needs to know of the guest; asked for only where the reason needs it.
+pub trait GuestView {
+    /// CR0 as the guest sees it.
+    fn cr0(&self) -> u64;
+    /// The width of the running code.
+    fn code_width(&self) -> CodeWidth;
+    /// The base of a segment register.
+    fn segment_base(&self, register: SegmentRegister) -> u64;
+    /// The width of addresses in the I/O instruction at the instruction pointer.
+    fn io_address_width(&mut self, information: u32) -> CodeWidth;
+}
+
+/// Decodes an exit that is not a failed entry.
+pub fn decode(raw: &RawExit, registers: &Registers, guest: &mut impl GuestView) -> Exit {
+    let ecx = registers.get(Gpr::Rcx) as u32;
+    match raw.basic_reason() {
+        reason::EXCEPTION_OR_NMI => decode_exception(raw),
+        reason::EXTERNAL_INTERRUPT => Exit::HostInterrupt,
+        reason::TRIPLE_FAULT => Exit::TripleFault,
+        reason::INTERRUPT_WINDOW => Exit::InterruptWindow,
+        reason::NMI_WINDOW => Exit::NmiWindow,
+        reason::TASK_SWITCH => Exit::TaskSwitch {
+            selector: raw.qualification as u16,
+            error_code: raw
+                .vectoring
+                .is_valid()
+                .then(|| raw.vectoring.exception(None).error_code)
+                .flatten(),
+        },
+        reason::CPUID => Exit::Cpuid,
+        reason::HLT => Exit::Halt,
+        reason::INVD | reason::WBINVD => Exit::InvalidateCaches,
+        reason::INVLPG => Exit::InvalidatePage(Gva::new(raw.qualification)),
+        reason::RDPMC => Exit::ReadPerformanceCounter,
+        reason::RDTSC | reason::RDTSCP => Exit::ReadTsc,
+        reason::VMCALL => Exit::Hypercall,
+        reason::GETSEC
+        | reason::VMCLEAR..=reason::VMXON
+        | reason::INVEPT
+        | reason::INVVPID
+        | reason::VMFUNC => Exit::VirtualizationInstruction,
+        reason::CONTROL_REGISTER => decode_control_register(raw, registers, guest),
+        reason::IO => decode_io(raw, guest),
+        reason::RDMSR => Exit::ReadMsr(ecx),
+        reason::WRMSR => Exit::WriteMsr {
+            index: ecx,
+            value: registers.edx_eax(),
+        },
+        reason::MWAIT => Exit::MonitorWait,
+        reason::MONITOR => Exit::Monitor,
+        reason::PAUSE => Exit::Pause,
+        reason::PREEMPTION_TIMER => Exit::TimeSliceEnd,
+        reason::XSETBV => Exit::SetExtendedControlRegister {
+            index: ecx,
+            value: registers.edx_eax(),
+        },
+        reason::INVPCID => decode_invpcid(raw, registers, guest),
+        _ => unknown(raw),
+    }
+}
+
+const fn unknown(raw: &RawExit) -> Exit {
+    Exit::Unknown {
+        reason: raw.reason as u64,
+        information: raw.qualification,
+    }
+}
+
+fn decode_exception(raw: &RawExit) -> Exit {
+    if raw.interruption.is_nmi() {
+        return Exit::HostNmi;
+    }
+    if raw.interruption.vector() == vector::PAGE_FAULT {
+        return Exit::PageFault {
+            address: Gva::new(raw.qualification),
+            error_code: PageFaultErrorCode::from_bits_truncate(u64::from(
+                raw.interruption.error_code,
+            )),
+        };
+    }
+    Exit::Exception(raw.interruption.exception(None))
+}
+
+/// SDM vol. 3C table 28-3.
+fn decode_control_register(raw: &RawExit, registers: &Registers, guest: &impl GuestView) -> Exit {
+    const TASK_SWITCHED: u64 = 1 << 3;
+    /// MP, EM and TS: LMSW loads them; PE it can only set.
+    const LMSW_LOADS: u64 = 0b1110;
+    const LMSW_SOURCE: u64 = 0b1111;
+    let register = match raw.qualification & 0xf {
+        0 => ControlRegister::Cr0,
+        3 => ControlRegister::Cr3,
+        4 => ControlRegister::Cr4,
+        8 => ControlRegister::Cr8,
+        _ => return unknown(raw),
+    };
+    let gpr = Gpr::from_encoding((raw.qualification >> 8) as u8);
+    match (raw.qualification >> 4) & 3 {
+        0 => {
+            let value = registers.get(gpr);
+            Exit::WriteControlRegister {
+                register,
+                value: match guest.code_width() {
+                    CodeWidth::Bits64 => value,
+                    CodeWidth::Bits32 | CodeWidth::Bits16 => value & 0xffff_ffff,
+                },
+            }
+        }
+        1 => Exit::ReadControlRegister {
+            register,
+            target: gpr,
+        },
+        2 => Exit::WriteControlRegister {
+            register: ControlRegister::Cr0,
+            value: guest.cr0() & !TASK_SWITCHED,
+        },
+        _ => {
+            let source = (raw.qualification >> 16) & LMSW_SOURCE;
+            Exit::WriteControlRegister {
+                register: ControlRegister::Cr0,
+                value: guest.cr0() & !LMSW_LOADS | source,
+            }
+        }
+    }
+}
+
+/// SDM vol. 3C table 28-5.
+fn decode_io(raw: &RawExit, guest: &mut impl GuestView) -> Exit {
+    const IN: u64 = 1 << 3;
+    const REP: u64 = 1 << 5;
+    let width = match raw.qualification & 7 {
+        0 => IoWidth::Byte,
+        1 => IoWidth::Word,
+        _ => IoWidth::DoubleWord,
+    };
+    let operand = if raw.qualification & STRING_IO == 0 {
+        IoOperand::Accumulator
+    } else {
+        IoOperand::String {
+            address: Gva::new(raw.linear_address),
+            repeat: if raw.qualification & REP == 0 {
+                Repeat::Once
+            } else {
+                Repeat::Count
+            },
+            address_width: guest.io_address_width(raw.instruction_information),
+        }
+    };
+    Exit::Io(IoAccess {
+        port: (raw.qualification >> 16) as u16,
+        width,
+        direction: if raw.qualification & IN == 0 {
+            IoDirection::Out
+        } else {
+            IoDirection::In
+        },
+        operand,
+    })
+}
+
+/// The address size in bits 9:7 of the instruction information of INS and OUTS
+/// (SDM vol. 3C table 28-8).
+pub const fn string_address_width(information: u32) -> CodeWidth {
+    match (information >> 7) & 7 {
+        0 => CodeWidth::Bits16,
+        1 => CodeWidth::Bits32,
+        _ => CodeWidth::Bits64,
+    }
+}
+
+/// SDM vol. 3C table 28-11; the qualification is the displacement.
+fn decode_invpcid(raw: &RawExit, registers: &Registers, guest: &impl GuestView) -> Exit {
+    const NO_INDEX: u32 = 1 << 22;
+    const NO_BASE: u32 = 1 << 27;
+    let information = raw.instruction_information;
+    let register = |shift: u32| registers.get(Gpr::from_encoding((information >> shift) as u8));
+    let mut offset = raw.qualification;
+    if information & NO_BASE == 0 {
+        offset = offset.wrapping_add(register(23));
+    }
+    if information & NO_INDEX == 0 {
+        offset = offset.wrapping_add(register(18) << (information & 3));
+    }
+    let offset = match (information >> 7) & 7 {
+        0 => offset & 0xffff,
+        1 => offset & 0xffff_ffff,
+        _ => offset,
+    };
+    let segment = SegmentRegister::ALL[((information >> 15) & 7).min(5) as usize];
+    let wide = guest.code_width() == CodeWidth::Bits64;
+    // Bases of ES, CS, SS and DS do not count in 64-bit mode (SDM vol. 3A 3.2.4).
+    let base = if wide && !matches!(segment, SegmentRegister::Fs | SegmentRegister::Gs) {
+        0
+    } else {
+        guest.segment_base(segment)
+    };
+    let linear = base.wrapping_add(offset);
+    let mask = if wide { u64::MAX } else { 0xffff_ffff };
+    Exit::InvalidatePcid {
+        kind: register(28) & mask,
+        descriptor: Gva::new(linear & mask),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use umbra_vcpu::event::Exception;
+
+    struct Guest {
+        width: CodeWidth,
+    }
+
+    impl GuestView for Guest {
+        fn cr0(&self) -> u64 {
+            0x8000_003b
+        }
+
+        fn code_width(&self) -> CodeWidth {
+            self.width
+        }
+
+        fn segment_base(&self, register: SegmentRegister) -> u64 {
+            0x1000 * (register as u64 + 1)
+        }
+
+        fn io_address_width(&mut self, information: u32) -> CodeWidth {
+            string_address_width(information)
+        }
+    }
+
+    fn decode_in(width: CodeWidth, raw: RawExit) -> Exit {
+        let mut registers = Registers::default();
+        for register in Gpr::ALL {
+            registers.set(register, 0xffff_ffff_0000_0000 | register as u64);
+        }
+        decode(&raw, &registers, &mut Guest { width })
+    }
+
+    fn control_register(qualification: u64) -> RawExit {
+        RawExit {
+            reason: u32::from(reason::CONTROL_REGISTER),
+            qualification,
+            ..RawExit::default()
+        }
+    }
+
+    #[test]
+    fn mov_to_a_control_register_has_the_modes_width() {
+        // mov cr4, rbx
+        let raw = control_register(4 | 3 << 8);
+        let exit = |value| Exit::WriteControlRegister {
+            register: ControlRegister::Cr4,
+            value,
+        };
+        assert_eq!(
+            decode_in(CodeWidth::Bits64, raw),
+            exit(0xffff_ffff_0000_0003)
+        );
+        assert_eq!(decode_in(CodeWidth::Bits32, raw), exit(3));
+    }
+
+    #[test]
+    fn mov_from_cr3_names_the_target() {
+        assert_eq!(
+            decode_in(CodeWidth::Bits64, control_register(3 | 1 << 4 | 9 << 8)),
+            Exit::ReadControlRegister {
+                register: ControlRegister::Cr3,
+                target: Gpr::R9
+            }
+        );
+    }
+
+    #[test]
+    fn clts_and_lmsw_are_writes_of_cr0() {
+        let write = |value| Exit::WriteControlRegister {
+            register: ControlRegister::Cr0,
+            value,
+        };
+        assert_eq!(
+            decode_in(CodeWidth::Bits32, control_register(2 << 4)),
+            write(0x8000_0033)
+        );
+        // LMSW with 4 sets EM, clears MP and TS, and keeps PE.
+        assert_eq!(
+            decode_in(CodeWidth::Bits32, control_register(3 << 4 | 4 << 16)),
+            write(0x8000_0035)
+        );
+    }
+
+    #[test]
+    fn io_in_all_shapes() {
+        let io = |qualification| RawExit {
+            reason: u32::from(reason::IO),
+            qualification,
+            instruction_information: 1 << 7,
+            linear_address: 0x5000,
+            ..RawExit::default()
+        };
+        assert_eq!(
+            decode_in(CodeWidth::Bits64, io(0x3f8 << 16)),
+            Exit::Io(IoAccess {
+                port: 0x3f8,
+                width: IoWidth::Byte,
+                direction: IoDirection::Out,
+                operand: IoOperand::Accumulator
+            })
+        );
+        assert_eq!(
+            decode_in(
+                CodeWidth::Bits64,
+                io(0x1f0 << 16 | 1 << 5 | 1 << 4 | 1 << 3 | 3)
+            ),
+            Exit::Io(IoAccess {
+                port: 0x1f0,
+                width: IoWidth::DoubleWord,
+                direction: IoDirection::In,
+                operand: IoOperand::String {
+                    address: Gva::new(0x5000),
+                    repeat: Repeat::Count,
+                    address_width: CodeWidth::Bits32
+                }
+            })
+        );
+    }
+
+    #[test]
+    fn exceptions_page_faults_and_nmis_differ() {
+        let exception = |information, error_code| RawExit {
+            reason: u32::from(reason::EXCEPTION_OR_NMI),
+            qualification: 0x1234,
+            interruption: Report {
+                information,
+                error_code,
+                instruction_length: 0,
+            },
+            ..RawExit::default()
+        };
+        assert_eq!(
+            decode_in(CodeWidth::Bits64, exception(0x8000_0b0e, 6)),
+            Exit::PageFault {
+                address: Gva::new(0x1234),
+                error_code: PageFaultErrorCode::CAUSED_BY_WRITE | PageFaultErrorCode::USER_MODE
+            }
+        );
+        assert_eq!(
+            decode_in(CodeWidth::Bits64, exception(0x8000_0202, 0)),
+            Exit::HostNmi
+        );
+        assert_eq!(
+            decode_in(CodeWidth::Bits64, exception(0x8000_0b11, 0)),
+            Exit::Exception(Exception::with_error_code(vector::ALIGNMENT_CHECK, 0))
+        );
+    }
+
+    #[test]
+    fn invpcid_adds_up_its_operand() {
+        // invpcid r10, fs:[rcx + rdx * 4 + 0x20]
+        let information = 2 | 2 << 7 | 4 << 15 | 2 << 18 | 1 << 23 | 10 << 28;
+        let raw = RawExit {
+            reason: u32::from(reason::INVPCID),
+            qualification: 0x20,
+            instruction_information: information,
+            ..RawExit::default()
+        };
+        let rcx = 0xffff_ffff_0000_0001_u64;
+        let rdx = 0xffff_ffff_0000_0002_u64;
+        assert_eq!(
+            decode_in(CodeWidth::Bits64, raw),
+            Exit::InvalidatePcid {
+                kind: 0xffff_ffff_0000_000a,
+                descriptor: Gva::new(
+                    0x5000_u64
+                        .wrapping_add(0x20)
+                        .wrapping_add(rcx)
+                        .wrapping_add(rdx << 2)
+                )
+            }
+        );
+    }
+
+    #[test]
+    fn a_task_gate_leaves_no_event_behind() {
+        let mut raw = RawExit {
+            reason: u32::from(reason::TASK_SWITCH),
+            qualification: 3 << 30 | 0x28,
+            vectoring: Report {
+                information: 0x8000_0b0d,
+                error_code: 0x10,
+                instruction_length: 0,
+            },
+            ..RawExit::default()
+        };
+        assert!(!raw.interrupted().is_valid());
+        assert_eq!(
+            decode_in(CodeWidth::Bits32, raw),
+            Exit::TaskSwitch {
+                selector: 0x28,
+                error_code: Some(0x10)
+            }
+        );
+        raw.qualification = 0x28;
+        assert!(raw.interrupted().is_valid());
+    }
+
+    #[test]
+    fn instructions_of_vmx_are_told_apart_from_hypercalls() {
+        for reason in [11, 19, 20, 21, 22, 23, 24, 25, 26, 27, 50, 53, 59] {
+            let raw = RawExit {
+                reason,
+                ..RawExit::default()
+            };
+            assert_eq!(
+                decode_in(CodeWidth::Bits64, raw),
+                Exit::VirtualizationInstruction
+            );
+        }
+        let raw = RawExit {
+            reason: 18,
+            ..RawExit::default()
+        };
+        assert_eq!(decode_in(CodeWidth::Bits64, raw), Exit::Hypercall);
+    }
+}

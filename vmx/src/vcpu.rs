@@ -1,0 +1,976 @@
+//! One guest processor on VMX.
+//!
+//! Protocol: general registers, RIP and RFLAGS are copied out of the VMCS after every exit and back
+//! before an entry if they changed. Segments, descriptor tables and the pass-through registers live in
+//! the VMCS or in the processor and are read there when asked for. Control registers live here, as the
+//! guest sees them; the hardware's values follow before the next entry. Whatever touches the VMCS
+//! runs with interrupts off.
+
+use alloc::boxed::Box;
+use alloc::rc::Rc;
+use core::arch::asm;
+use core::arch::x86_64::_rdtsc;
+use core::ptr::NonNull;
+
+use umbra_vcpu::address::Gva;
+use umbra_vcpu::event::{Event, EventQueue, Window, Windows, vector};
+use umbra_vcpu::exit::Exit;
+use umbra_vcpu::extended_state::ExtendedState;
+use umbra_vcpu::host::{HostMemory, PageBlock, PageBlockError};
+use umbra_vcpu::instruction::{self, MAX_LENGTH};
+use umbra_vcpu::registers::{
+    CodeWidth, ControlRegisters, DescriptorTable, Gpr, Registers, Segment, SegmentAttributes,
+    SegmentRegister,
+};
+use umbra_vcpu::{
+    CodeReader, EntryFailure, Flush, MsrError, PrivilegeLevel, ShadowMode, ShadowPaging, TimeSlice,
+    Vcpu,
+};
+use x86_64::instructions::interrupts;
+use x86_64::registers::control::Cr4Flags;
+use x86_64::registers::rflags::RFlags;
+
+use crate::bank::{self, Bank};
+use crate::check::{self, GuestState, Interruptibility, Rules};
+use crate::controls::{EntryControls, PinControls, PrimaryControls};
+use crate::entry::{self, EntryKind};
+use crate::event::{Injection, is_fault};
+use crate::exit::{self, GuestView, RawExit, reason};
+use crate::host::{self, Core, Vmx};
+use crate::instructions::{self, CurrentVmcs, Invvpid};
+use crate::paging::{self, HardwareControl};
+use crate::{fields, msr};
+
+/// The exceptions that exit: #PF for shadow paging; #DB and #AC because a guest can make their
+/// delivery raise them again for ever (CVE-2015-5307, CVE-2015-8104); #MC is the host's.
+const INTERCEPTED_EXCEPTIONS: u32 = 1 << vector::PAGE_FAULT
+    | 1 << vector::DEBUG
+    | 1 << vector::ALIGNMENT_CHECK
+    | 1 << vector::MACHINE_CHECK;
+
+/// One guest processor.
+#[derive(Debug)]
+pub struct VmxVcpu {
+    registers: Registers,
+    events: EventQueue,
+    control: ControlRegisters,
+    paging: Option<ShadowPaging>,
+    interruptibility: Interruptibility,
+    pending: Pending,
+    /// When the time slice ends, in ticks of the host's time-stamp counter.
+    deadline: Option<u64>,
+    launch: EntryKind,
+    written: Written,
+    host_rsp: u64,
+    vpid: Option<u16>,
+    bank: Rc<Bank>,
+    extended: NonNull<ExtendedState>,
+    efer_area: Option<PageBlock>,
+    vmcs: PageBlock,
+    core: Rc<Core>,
+}
+
+bitflags::bitflags! {
+    /// What the next entry has to do first.
+    #[derive(Clone, Copy, Debug)]
+    struct Pending: u8 {
+        /// Derive the hardware's control registers: the guest's or the paging changed.
+        const CONTROL = 1 << 0;
+        /// Check the state: it was changed from outside.
+        const CHECK = 1 << 1;
+        /// Drop all translations.
+        const FLUSH = 1 << 2;
+        /// Ask for an exit when the guest can take an interrupt.
+        const WINDOW = 1 << 3;
+    }
+}
+
+/// What the VMCS holds, so that unchanged fields are not written again.
+#[derive(Debug, Default)]
+struct Written {
+    rip: u64,
+    rsp: u64,
+    rflags: u64,
+    interruptibility: u32,
+    control: HardwareControl,
+    primary: u32,
+    pin: u32,
+    entry: u32,
+    host_fs_base: u64,
+}
+
+impl VmxVcpu {
+    /// A processor as a Multiboot loader leaves it: 32-bit protected mode without paging, flat
+    /// segments with selectors 8 and 16, interrupts off, RIP 0.
+    ///
+    /// # Errors
+    /// [`PageBlockError`] if the host has no memory for the VMCS.
+    pub fn new(vmx: &Vmx, memory: &dyn HostMemory) -> Result<Self, PageBlockError> {
+        let core = vmx.core();
+        let vmcs = PageBlock::new(1, memory)?;
+        // SAFETY: the block is ours and at least four bytes long.
+        unsafe {
+            vmcs.pointer()
+                .cast::<u32>()
+                .write(core.capabilities.revision);
+        }
+        let efer_area = if core.capabilities.has_efer_controls() {
+            None
+        } else {
+            Some(PageBlock::new(1, memory)?)
+        };
+        let vpid = interrupts::without_interrupts(|| {
+            // SAFETY: the page is this vCPU's own.
+            unsafe { core.clear(vmcs.physical_address()) };
+            core.allocate_vpid()
+        });
+        let mut registers = Registers::default();
+        registers.rflags = check::FIXED_FLAGS;
+        let mut vcpu = Self {
+            registers,
+            events: EventQueue::new(),
+            control: ControlRegisters {
+                cr0: 0x11,
+                cr2: Gva::new(0),
+                cr3: 0,
+                cr4: 0,
+                cr8: 0,
+                efer: 0,
+                xcr0: 1,
+            },
+            paging: None,
+            interruptibility: Interruptibility::empty(),
+            pending: Pending::CONTROL | Pending::CHECK,
+            deadline: None,
+            launch: EntryKind::Launch,
+            written: Written::default(),
+            host_rsp: 0,
+            vpid,
+            bank: Rc::new(Bank::new()),
+            extended: NonNull::from(Box::leak(Box::new(ExtendedState::new()))),
+            efer_area,
+            vmcs,
+            core,
+        };
+        vcpu.initialize();
+        for register in SegmentRegister::ALL {
+            vcpu.set_segment(
+                register,
+                match register {
+                    SegmentRegister::Cs => Segment::flat_code32(8),
+                    SegmentRegister::Ldtr => Segment::UNUSABLE,
+                    SegmentRegister::Tr => Segment::busy_tss(0x18, 0x67),
+                    _ => Segment::flat_data32(0x10),
+                },
+            );
+        }
+        Ok(vcpu)
+    }
+
+    /// Writes every field that keeps its value, and the first value of those that are cached.
+    fn initialize(&mut self) {
+        const PLE_GAP: u32 = 128;
+        const PLE_WINDOW: u32 = 4096;
+        let core = Rc::clone(&self.core);
+        let capabilities = &core.capabilities;
+        self.written = Written {
+            primary: capabilities.primary.bits(),
+            pin: capabilities.pin.bits(),
+            entry: capabilities.entry.bits(),
+            rflags: self.registers.rflags,
+            host_fs_base: host::fs_base(),
+            ..Written::default()
+        };
+        let bitmap = core.msr_bitmap.physical_address();
+        let written = &self.written;
+        self.with_vmcs(|vmcs| {
+            vmcs.write(fields::PIN_CONTROLS, written.pin);
+            vmcs.write(fields::PRIMARY_CONTROLS, written.primary);
+            if let Some(secondary) = capabilities.secondary {
+                use crate::controls::SecondaryControls;
+                let mut secondary = secondary;
+                if self.vpid.is_none() {
+                    secondary.remove(SecondaryControls::ENABLE_VPID);
+                }
+                vmcs.write(fields::SECONDARY_CONTROLS, secondary.bits());
+                if secondary.contains(SecondaryControls::PAUSE_LOOP_EXITING) {
+                    vmcs.write(fields::PLE_GAP, PLE_GAP);
+                    vmcs.write(fields::PLE_WINDOW, PLE_WINDOW);
+                }
+            }
+            vmcs.write(fields::EXIT_CONTROLS, capabilities.exit.bits());
+            vmcs.write(fields::ENTRY_CONTROLS, written.entry);
+            if let Some(vpid) = self.vpid {
+                vmcs.write(fields::VPID, vpid);
+            }
+            vmcs.write(fields::MSR_BITMAPS, bitmap.as_u64());
+            vmcs.write(fields::EXCEPTION_BITMAP, INTERCEPTED_EXCEPTIONS);
+            // Every page fault exits, whatever its error code (SDM vol. 3C 26.2).
+            vmcs.write(fields::PAGE_FAULT_ERROR_CODE_MASK, 0);
+            vmcs.write(fields::PAGE_FAULT_ERROR_CODE_MATCH, 0);
+            vmcs.write(fields::CR3_TARGET_COUNT, 0);
+            vmcs.write(fields::EXIT_MSR_STORE_COUNT, 0);
+            let areas = u32::from(self.efer_area.is_some());
+            vmcs.write(fields::EXIT_MSR_LOAD_COUNT, areas);
+            vmcs.write(fields::ENTRY_MSR_LOAD_COUNT, areas);
+            if let Some(area) = &self.efer_area {
+                let address = area.physical_address();
+                vmcs.write(fields::ENTRY_MSR_LOAD_ADDRESS, address.as_u64());
+                vmcs.write(fields::EXIT_MSR_LOAD_ADDRESS, address.as_u64() + 16);
+            }
+            vmcs.write(fields::ENTRY_INTERRUPTION_INFORMATION, 0);
+            vmcs.write(fields::TSC_OFFSET, 0);
+            vmcs.write(fields::VMCS_LINK_POINTER, u64::MAX);
+            vmcs.write(fields::CR0_MASK, !paging::CR0_GUEST_OWNED);
+            vmcs.write(fields::CR4_MASK, !paging::CR4_GUEST_OWNED);
+            vmcs.write(fields::GUEST_DEBUGCTL, 0);
+            vmcs.write(fields::GUEST_DR7, 0x400);
+            vmcs.write(fields::GUEST_ACTIVITY_STATE, 0);
+            vmcs.write(fields::GUEST_INTERRUPTIBILITY, 0);
+            vmcs.write(fields::GUEST_PENDING_DEBUG_EXCEPTIONS, 0);
+            vmcs.write(fields::GUEST_SYSENTER_CS, 0);
+            vmcs.write(fields::GUEST_SYSENTER_ESP, 0);
+            vmcs.write(fields::GUEST_SYSENTER_EIP, 0);
+            vmcs.write(fields::GUEST_RIP, written.rip);
+            vmcs.write(fields::GUEST_RSP, written.rsp);
+            vmcs.write(fields::GUEST_RFLAGS, written.rflags);
+            host::write_constant_host_state(vmcs, capabilities);
+            vmcs.write(fields::HOST_FS_BASE, written.host_fs_base);
+        });
+        if let Some(area) = &self.efer_area {
+            write_efer_entry(area, EferSide::Host, host::host_efer());
+        }
+    }
+
+    fn with_vmcs<R>(&self, access: impl FnOnce(&CurrentVmcs<'_>) -> R) -> R {
+        interrupts::without_interrupts(|| access(&self.current()))
+    }
+
+    /// Makes this vCPU's VMCS current. Interrupts are off as long as the token lives.
+    #[inline]
+    fn current(&self) -> CurrentVmcs<'_> {
+        // SAFETY: the VMCS is this live vCPU's own and was cleared when it was made.
+        unsafe { self.core.make_current(self.vmcs.physical_address()) }
+    }
+
+    /// Everything between "interrupts off" and "interrupts on".
+    fn run_uninterrupted(&mut self, code: &mut dyn CodeReader) -> Result<Exit, EntryFailure> {
+        let core = Rc::clone(&self.core);
+        // SAFETY: as in `current`; the token borrows `core`, so that `self` stays free.
+        let vmcs = unsafe { core.make_current(self.vmcs.physical_address()) };
+        self.write_control_registers(&vmcs)?;
+        if self.pending.contains(Pending::CHECK) {
+            check::check(&self.guest_state(&vmcs), &self.rules())?;
+            self.pending.remove(Pending::CHECK);
+        }
+        let event = self.inject(&vmcs);
+        self.write_changed_fields(&vmcs);
+        let entered = self.enter(&vmcs);
+        let raw = RawExit::read(&vmcs);
+        if !entered || raw.is_entry_failure() {
+            return Err(self.entry_refused(&vmcs, event, entered.then_some(raw)));
+        }
+        self.launch = EntryKind::Resume;
+        self.read_back(&vmcs);
+        self.account_for_interrupted_event(&raw);
+        Ok(self.conclude(&vmcs, &raw, code))
+    }
+
+    /// Derives the hardware's control registers and writes those that changed.
+    fn write_control_registers(&mut self, vmcs: &CurrentVmcs<'_>) -> Result<(), EntryFailure> {
+        if !self.pending.contains(Pending::CONTROL) {
+            return Ok(());
+        }
+        let paging = self.paging.ok_or(EntryFailure {
+            field: "CR3",
+            rule: "the guest has no shadow root yet",
+            value: 0,
+        })?;
+        let capabilities = &self.core.capabilities;
+        let long = paging::is_long_mode(&self.control);
+        if long == (paging.mode == ShadowMode::Pae) {
+            return Err(EntryFailure {
+                field: "IA32_EFER",
+                rule: "the shadow tables must have four or five levels exactly if the guest is in \
+                       long mode",
+                value: self.control.efer,
+            });
+        }
+        let old = self.written.control;
+        let new =
+            HardwareControl::derive(&self.control, paging, capabilities.cr0, capabilities.cr4);
+        // Always, because the guest changes the bits that it owns without an exit.
+        vmcs.write(fields::GUEST_CR0, new.cr0);
+        vmcs.write(fields::GUEST_CR4, new.cr4);
+        vmcs.write(fields::CR0_READ_SHADOW, new.cr0_shadow);
+        vmcs.write(fields::CR4_READ_SHADOW, new.cr4_shadow);
+        if old.efer != new.efer {
+            match &self.efer_area {
+                None => vmcs.write(fields::GUEST_EFER, new.efer),
+                Some(area) => write_efer_entry(area, EferSide::Guest, new.efer),
+            }
+            let mut entry = capabilities.entry;
+            entry.set(EntryControls::IA32E_MODE_GUEST, long);
+            let entry = entry.bits();
+            write_if_changed(self.written.entry, entry, |value| {
+                vmcs.write(fields::ENTRY_CONTROLS, value);
+            });
+            self.written.entry = entry;
+        }
+        if (old.cr4 ^ new.cr4) & !paging::CR4_GUEST_OWNED != 0 || old.efer != new.efer {
+            self.pending.insert(Pending::FLUSH);
+        }
+        self.written.control = new;
+        self.pending.remove(Pending::CONTROL);
+        Ok(())
+    }
+
+    /// Takes the next event from the queue into the VMCS and asks for the windows that the rest
+    /// waits for.
+    fn inject(&mut self, vmcs: &CurrentVmcs<'_>) -> Option<Event> {
+        let windows = self.windows();
+        let event = self.events.next_event(windows);
+        if let Some(event) = &event {
+            self.write_injection(vmcs, event);
+        }
+        let mut primary = self.core.capabilities.primary;
+        // An STI shadow hides NMIs, too, but only the interrupt window waits for its end.
+        let nmi = self.events.needs_nmi_window();
+        let sti = self.interruptibility.contains(Interruptibility::STI);
+        primary.set(PrimaryControls::NMI_WINDOW_EXITING, nmi && !sti);
+        primary.set(
+            PrimaryControls::INTERRUPT_WINDOW_EXITING,
+            self.pending.contains(Pending::WINDOW)
+                || self.events.needs_interrupt_window()
+                || (nmi && sti),
+        );
+        let primary = primary.bits();
+        if self.written.primary != primary {
+            vmcs.write(fields::PRIMARY_CONTROLS, primary);
+            self.written.primary = primary;
+        }
+        event
+    }
+
+    fn write_injection(&mut self, vmcs: &CurrentVmcs<'_>, event: &Event) {
+        let injection = Injection::new(event);
+        vmcs.write(
+            fields::ENTRY_INTERRUPTION_INFORMATION,
+            injection.information,
+        );
+        if let Some(error_code) = injection.error_code {
+            vmcs.write(fields::ENTRY_EXCEPTION_ERROR_CODE, error_code);
+        }
+        if let Some(length) = injection.instruction_length {
+            vmcs.write(fields::ENTRY_INSTRUCTION_LENGTH, length);
+        }
+        if let Event::Exception(exception) = event {
+            if let Some(address) = exception.address {
+                self.control.cr2 = address;
+            }
+            if is_fault(exception.vector) {
+                self.registers.rflags |= RFlags::RESUME_FLAG.bits();
+            }
+        }
+    }
+
+    fn write_changed_fields(&mut self, vmcs: &CurrentVmcs<'_>) {
+        let rsp = self.registers.get(Gpr::Rsp);
+        let interruptibility = self.interruptibility.bits();
+        let written = &mut self.written;
+        write_if_changed(written.rip, self.registers.rip, |value| {
+            vmcs.write(fields::GUEST_RIP, value);
+        });
+        write_if_changed(written.rsp, rsp, |value| {
+            vmcs.write(fields::GUEST_RSP, value);
+        });
+        write_if_changed(written.rflags, self.registers.rflags, |value| {
+            vmcs.write(fields::GUEST_RFLAGS, value);
+        });
+        if written.interruptibility != interruptibility {
+            vmcs.write(fields::GUEST_INTERRUPTIBILITY, interruptibility);
+        }
+        let host_fs_base = host::fs_base();
+        write_if_changed(written.host_fs_base, host_fs_base, |value| {
+            vmcs.write(fields::HOST_FS_BASE, value);
+        });
+        written.rip = self.registers.rip;
+        written.rsp = rsp;
+        written.rflags = self.registers.rflags;
+        written.interruptibility = interruptibility;
+        written.host_fs_base = host_fs_base;
+        self.write_time_slice(vmcs);
+        if self.pending.contains(Pending::FLUSH) {
+            self.pending.remove(Pending::FLUSH);
+            if let Some(vpid) = self.vpid {
+                // SAFETY: identifiers are given out only with this type of INVVPID.
+                let flushed = unsafe { instructions::invvpid(vpid, Invvpid::SingleContext) };
+                assert!(flushed.is_ok(), "INVVPID of a vCPU's own identifier failed");
+            }
+        }
+    }
+
+    fn write_time_slice(&mut self, vmcs: &CurrentVmcs<'_>) {
+        let capabilities = &self.core.capabilities;
+        let mut pin = capabilities.pin;
+        if let (Some(deadline), Some(shift)) = (self.deadline, capabilities.preemption_timer_shift)
+        {
+            pin |= PinControls::PREEMPTION_TIMER;
+            // SAFETY: every processor with VMX has the counter.
+            let left = deadline.saturating_sub(unsafe { _rdtsc() }) >> shift;
+            vmcs.write(
+                fields::PREEMPTION_TIMER_VALUE,
+                u32::try_from(left).unwrap_or(u32::MAX),
+            );
+        }
+        let pin = pin.bits();
+        if self.written.pin != pin {
+            vmcs.write(fields::PIN_CONTROLS, pin);
+            self.written.pin = pin;
+        }
+    }
+
+    /// Enters the guest and comes back. Returns whether the processor took the instruction.
+    fn enter(&mut self, _vmcs: &CurrentVmcs<'_>) -> bool {
+        // SAFETY: the state is leaked memory of this vCPU, released and freed by its drop.
+        unsafe { self.core.acquire_extended_state(self.extended) };
+        self.core.bank.acquire(&self.bank);
+        // Without CR4.OSXSAVE the guest can neither read XCR0 nor use what it controls.
+        let xcr0 = if self.control.cr4 & Cr4Flags::OSXSAVE.bits() == 0 {
+            None
+        } else {
+            self.core.foreign_xcr0(self.control.xcr0)
+        };
+        if let Some(pair) = xcr0 {
+            // SAFETY: the host has OSXSAVE set if there is a pair; the run loop checked the value.
+            unsafe { host::write_xcr0(pair.guest) };
+        }
+        let cr2 = self.control.cr2.as_u64();
+        let (status, cr2_after): (u64, u64);
+        if read_cr2() != cr2 {
+            // SAFETY: CR2 means nothing to the host outside its own page-fault handler, and
+            // interrupts are off.
+            unsafe { asm!("mov cr2, {}", in(reg) cr2, options(nomem, nostack, preserves_flags)) };
+        }
+        // SAFETY: 1. interrupts are off and the VMCS is this vCPU's, with host state of this core.
+        // 2. The registers and the cache are fields of `self`. 3. The shadow tables are the
+        // caller's promise of `set_shadow_paging`; the pass-through registers are in the bank.
+        unsafe {
+            status = entry::enter(&raw mut self.registers, self.launch, &raw mut self.host_rsp);
+        }
+        cr2_after = read_cr2();
+        self.control.cr2 = Gva::new(cr2_after);
+        if let Some(pair) = xcr0 {
+            // SAFETY: the host's own value.
+            unsafe { host::write_xcr0(pair.host) };
+        }
+        status == entry::ENTRY_DONE
+    }
+
+    /// Copies out what every exit changes.
+    fn read_back(&mut self, vmcs: &CurrentVmcs<'_>) {
+        self.registers.rip = vmcs.read(fields::GUEST_RIP);
+        self.registers.rflags = vmcs.read(fields::GUEST_RFLAGS);
+        let rsp = vmcs.read(fields::GUEST_RSP);
+        self.registers.set(Gpr::Rsp, rsp);
+        let interruptibility = vmcs.read(fields::GUEST_INTERRUPTIBILITY);
+        self.interruptibility = Interruptibility::from_bits_retain(interruptibility);
+        self.written.rip = self.registers.rip;
+        self.written.rflags = self.registers.rflags;
+        self.written.rsp = rsp;
+        self.written.interruptibility = interruptibility;
+    }
+
+    /// Puts back an event whose delivery the exit cut short, and keeps NMI blocking right
+    /// (SDM vol. 3C 28.2.4, 28.2.3).
+    fn account_for_interrupted_event(&mut self, raw: &RawExit) {
+        let vectoring = raw.interrupted();
+        if let Some(event) = vectoring.event(self.control.cr2) {
+            if vectoring.is_nmi() {
+                self.interruptibility.remove(Interruptibility::NMI);
+            }
+            self.events.restore(event);
+        } else if raw.interruption.unblocked_nmis() {
+            self.interruptibility.insert(Interruptibility::NMI);
+        }
+    }
+
+    /// Decodes the exit and does what belongs to the driver.
+    fn conclude(
+        &mut self,
+        vmcs: &CurrentVmcs<'_>,
+        raw: &RawExit,
+        code: &mut dyn CodeReader,
+    ) -> Exit {
+        let registers = self.registers;
+        let exit = exit::decode(
+            raw,
+            &registers,
+            &mut View {
+                vcpu: self,
+                vmcs,
+                code,
+            },
+        );
+        match exit {
+            Exit::InterruptWindow => self.pending.remove(Pending::WINDOW),
+            Exit::TimeSliceEnd => self.deadline = None,
+            // NMIs stay blocked after the exit until an IRET; the handler's does that.
+            // SAFETY: the host's table has a handler for non-maskable interrupts.
+            Exit::HostNmi => unsafe { asm!("int 2") },
+            Exit::Exception(exception) => match exception.vector {
+                // SAFETY: the host's table has a handler for machine checks.
+                vector::MACHINE_CHECK => unsafe { asm!("int 18") },
+                vector::DEBUG => {
+                    bank::report_debug_conditions(raw.qualification);
+                    // Delivery clears DR7.GD (SDM vol. 3B 18.2.4).
+                    let dr7 = vmcs.read(fields::GUEST_DR7);
+                    vmcs.write(fields::GUEST_DR7, dr7 & !(1 << 13));
+                }
+                _ => {}
+            },
+            _ => {}
+        }
+        exit
+    }
+
+    /// Finds out why the processor refused, and puts the event back.
+    #[cold]
+    fn entry_refused(
+        &mut self,
+        vmcs: &CurrentVmcs<'_>,
+        event: Option<Event>,
+        raw: Option<RawExit>,
+    ) -> EntryFailure {
+        let state = self.guest_state(vmcs);
+        vmcs.write(fields::ENTRY_INTERRUPTION_INFORMATION, 0);
+        if let Some(event) = event {
+            self.events.restore(event);
+        }
+        self.pending.insert(Pending::CHECK);
+        if let Err(failure) = check::check(&state, &self.rules()) {
+            return failure;
+        }
+        match raw {
+            None => check::describe_instruction_error(vmcs.read(fields::INSTRUCTION_ERROR)),
+            Some(raw) => {
+                if raw.basic_reason() == reason::MACHINE_CHECK_DURING_ENTRY {
+                    // SAFETY: as in `conclude`.
+                    unsafe { asm!("int 18") };
+                }
+                check::describe_entry_failure(raw.basic_reason(), raw.qualification)
+            }
+        }
+    }
+
+    fn rules(&self) -> Rules {
+        Rules {
+            cr0: self.core.capabilities.cr0,
+            cr4: self.core.capabilities.cr4,
+            physical_bits: self.core.physical_bits,
+            linear_bits: self.core.linear_bits,
+        }
+    }
+
+    /// What the checker looks at, as the VMCS is about to hold it.
+    fn guest_state(&self, vmcs: &CurrentVmcs<'_>) -> GuestState {
+        GuestState {
+            entry: EntryControls::from_bits_retain(self.written.entry),
+            cr0: vmcs.read(fields::GUEST_CR0),
+            cr3: vmcs.read(fields::GUEST_CR3),
+            cr4: vmcs.read(fields::GUEST_CR4),
+            efer: self.written.control.efer,
+            dr7: vmcs.read(fields::GUEST_DR7),
+            debugctl: vmcs.read(fields::GUEST_DEBUGCTL),
+            sysenter_esp: vmcs.read(fields::GUEST_SYSENTER_ESP),
+            sysenter_eip: vmcs.read(fields::GUEST_SYSENTER_EIP),
+            segments: SegmentRegister::ALL.map(|register| read_segment(vmcs, register)),
+            gdtr: read_table(vmcs, fields::GUEST_GDTR_BASE, fields::GUEST_GDTR_LIMIT),
+            idtr: read_table(vmcs, fields::GUEST_IDTR_BASE, fields::GUEST_IDTR_LIMIT),
+            rip: self.registers.rip,
+            rflags: self.registers.rflags,
+            activity: vmcs.read(fields::GUEST_ACTIVITY_STATE),
+            interruptibility: self.interruptibility,
+            pending_debug: vmcs.read(fields::GUEST_PENDING_DEBUG_EXCEPTIONS),
+            injection: vmcs.read(fields::ENTRY_INTERRUPTION_INFORMATION),
+        }
+    }
+
+    /// The guest's CR0 and CR4 with the bits that it changes without an exit.
+    fn refresh(&self, control: &mut ControlRegisters) {
+        if self.pending.contains(Pending::CONTROL) {
+            // What was set from outside is newer than the VMCS.
+            return;
+        }
+        let (cr0, cr4) =
+            self.with_vmcs(|vmcs| (vmcs.read(fields::GUEST_CR0), vmcs.read(fields::GUEST_CR4)));
+        control.cr0 = merge(control.cr0, cr0, paging::CR0_GUEST_OWNED);
+        control.cr4 = merge(control.cr4, cr4, paging::CR4_GUEST_OWNED);
+    }
+}
+
+/// `base` with the bits in `mask` from `other`.
+const fn merge(base: u64, other: u64, mask: u64) -> u64 {
+    base & !mask | other & mask
+}
+
+#[inline]
+fn write_if_changed<T: Copy + PartialEq>(old: T, new: T, write: impl FnOnce(T)) {
+    if old != new {
+        write(new);
+    }
+}
+
+fn read_cr2() -> u64 {
+    let value: u64;
+    // SAFETY: reading CR2 has no effect.
+    unsafe { asm!("mov {}, cr2", out(reg) value, options(nomem, nostack, preserves_flags)) };
+    value
+}
+
+/// Which of the two MSR-load areas, 16 bytes each (SDM vol. 3C table 25-15).
+#[derive(Clone, Copy)]
+enum EferSide {
+    Guest,
+    Host,
+}
+
+fn write_efer_entry(area: &PageBlock, side: EferSide, value: u64) {
+    let index = match side {
+        EferSide::Guest => 0,
+        EferSide::Host => 1,
+    };
+    // SAFETY: the block is this vCPU's own page; the processor reads it only during entries and exits.
+    unsafe {
+        area.pointer()
+            .cast::<[u64; 2]>()
+            .add(index)
+            .write_volatile([u64::from(msr::EFER), value]);
+    }
+}
+
+fn read_segment(vmcs: &CurrentVmcs<'_>, register: SegmentRegister) -> Segment {
+    let fields = fields::guest_segment(register);
+    Segment {
+        selector: vmcs.read(fields.selector),
+        base: Gva::new(vmcs.read(fields.base)),
+        limit: vmcs.read(fields.limit),
+        attributes: SegmentAttributes::from_bits_retain(vmcs.read(fields.access_rights)),
+    }
+}
+
+fn read_table(
+    vmcs: &CurrentVmcs<'_>,
+    base: fields::Field<fields::Natural>,
+    limit: fields::Field<fields::Bits32>,
+) -> DescriptorTable {
+    DescriptorTable {
+        base: Gva::new(vmcs.read(base)),
+        limit: vmcs.read(limit) as u16,
+    }
+}
+
+/// What [`exit::decode`] may ask of the guest.
+struct View<'a> {
+    vcpu: &'a VmxVcpu,
+    vmcs: &'a CurrentVmcs<'a>,
+    code: &'a mut dyn CodeReader,
+}
+
+impl GuestView for View<'_> {
+    fn cr0(&self) -> u64 {
+        let hardware = self.vmcs.read(fields::GUEST_CR0);
+        merge(self.vcpu.control.cr0, hardware, paging::CR0_GUEST_OWNED)
+    }
+
+    fn code_width(&self) -> CodeWidth {
+        instruction::code_width(
+            &self.vcpu.control,
+            self.vcpu.registers.rflags,
+            &read_segment(self.vmcs, SegmentRegister::Cs),
+        )
+    }
+
+    fn segment_base(&self, register: SegmentRegister) -> u64 {
+        self.vmcs.read(fields::guest_segment(register).base)
+    }
+
+    fn io_address_width(&mut self, information: u32) -> CodeWidth {
+        const ADDRESS_SIZE_PREFIX: u8 = 0x67;
+        if self.vcpu.core.capabilities.string_io_information {
+            return exit::string_address_width(information);
+        }
+        let width = self.code_width();
+        let base = match width {
+            CodeWidth::Bits64 => 0,
+            _ => self.segment_base(SegmentRegister::Cs),
+        };
+        let address = Gva::new(base.wrapping_add(self.vcpu.registers.rip));
+        let level = read_segment(self.vmcs, SegmentRegister::Ss).privilege_level();
+        let mut bytes = [0; MAX_LENGTH];
+        let length = self.code.read_code(
+            &self.vcpu.control,
+            PrivilegeLevel::from_bits(level),
+            address,
+            &mut bytes,
+        );
+        // INS and OUTS have one-byte opcodes, 0x6c to 0x6f; all before them are prefixes.
+        let prefixed = bytes[..length]
+            .iter()
+            .take_while(|byte| !(0x6c..=0x6f).contains(*byte))
+            .any(|&byte| byte == ADDRESS_SIZE_PREFIX);
+        match (width, prefixed) {
+            (CodeWidth::Bits16 | CodeWidth::Bits64, true) | (CodeWidth::Bits32, false) => {
+                CodeWidth::Bits32
+            }
+            (CodeWidth::Bits16, false) | (CodeWidth::Bits32, true) => CodeWidth::Bits16,
+            (CodeWidth::Bits64, false) => CodeWidth::Bits64,
+        }
+    }
+}
+
+impl Vcpu for VmxVcpu {
+    #[inline]
+    fn registers(&self) -> &Registers {
+        &self.registers
+    }
+
+    #[inline]
+    fn registers_mut(&mut self) -> &mut Registers {
+        &mut self.registers
+    }
+
+    fn segment(&self, register: SegmentRegister) -> Segment {
+        self.with_vmcs(|vmcs| read_segment(vmcs, register))
+    }
+
+    fn set_segment(&mut self, register: SegmentRegister, segment: Segment) {
+        let fields = fields::guest_segment(register);
+        self.with_vmcs(|vmcs| {
+            vmcs.write(fields.selector, segment.selector);
+            vmcs.write(fields.base, segment.base.as_u64());
+            vmcs.write(fields.limit, segment.limit);
+            vmcs.write(fields.access_rights, segment.attributes.bits());
+        });
+        self.pending.insert(Pending::CHECK);
+    }
+
+    fn gdtr(&self) -> DescriptorTable {
+        self.with_vmcs(|vmcs| read_table(vmcs, fields::GUEST_GDTR_BASE, fields::GUEST_GDTR_LIMIT))
+    }
+
+    fn set_gdtr(&mut self, table: DescriptorTable) {
+        self.with_vmcs(|vmcs| {
+            vmcs.write(fields::GUEST_GDTR_BASE, table.base.as_u64());
+            vmcs.write(fields::GUEST_GDTR_LIMIT, u32::from(table.limit));
+        });
+        self.pending.insert(Pending::CHECK);
+    }
+
+    fn idtr(&self) -> DescriptorTable {
+        self.with_vmcs(|vmcs| read_table(vmcs, fields::GUEST_IDTR_BASE, fields::GUEST_IDTR_LIMIT))
+    }
+
+    fn set_idtr(&mut self, table: DescriptorTable) {
+        self.with_vmcs(|vmcs| {
+            vmcs.write(fields::GUEST_IDTR_BASE, table.base.as_u64());
+            vmcs.write(fields::GUEST_IDTR_LIMIT, u32::from(table.limit));
+        });
+        self.pending.insert(Pending::CHECK);
+    }
+
+    fn control_registers(&self) -> ControlRegisters {
+        let mut control = self.control;
+        self.refresh(&mut control);
+        control
+    }
+
+    fn set_control_registers(&mut self, registers: ControlRegisters) {
+        let old = self.control_registers();
+        if (old.cr0, old.cr4, old.efer) != (registers.cr0, registers.cr4, registers.efer) {
+            self.pending.insert(Pending::CONTROL);
+            self.pending.insert(Pending::CHECK);
+        }
+        self.control = registers;
+    }
+
+    fn set_shadow_paging(&mut self, paging: ShadowPaging) {
+        let old = self.paging.replace(paging);
+        if old == Some(paging) {
+            return;
+        }
+        self.with_vmcs(|vmcs| vmcs.write(fields::GUEST_CR3, paging.root.as_u64()));
+        // Translations are tagged with the vCPU, not with the root.
+        self.pending.insert(Pending::FLUSH);
+        if old.map(|old| old.mode) != Some(paging.mode) {
+            // The cached CR0 and CR4 may lack what the guest changed itself.
+            let mut control = self.control;
+            self.refresh(&mut control);
+            self.control = control;
+            self.pending.insert(Pending::CONTROL);
+            self.pending.insert(Pending::CHECK);
+        }
+    }
+
+    fn hardware_msr(&self, index: u32) -> Option<u64> {
+        let segment_base = |register| self.segment(register).base.as_u64();
+        Some(match index {
+            msr::FS_BASE => segment_base(SegmentRegister::Fs),
+            msr::GS_BASE => segment_base(SegmentRegister::Gs),
+            msr::SYSENTER_CS => {
+                u64::from(self.with_vmcs(|vmcs| vmcs.read(fields::GUEST_SYSENTER_CS)))
+            }
+            msr::SYSENTER_ESP => self.with_vmcs(|vmcs| vmcs.read(fields::GUEST_SYSENTER_ESP)),
+            msr::SYSENTER_EIP => self.with_vmcs(|vmcs| vmcs.read(fields::GUEST_SYSENTER_EIP)),
+            _ => interrupts::without_interrupts(|| self.core.bank.read(&self.bank, index))?,
+        })
+    }
+
+    fn set_hardware_msr(&mut self, index: u32, value: u64) -> Result<(), MsrError> {
+        if !msr::PASS_THROUGH.contains(&index) {
+            return Err(MsrError::Unknown);
+        }
+        if !msr::is_valid(index, value, self.core.linear_bits) {
+            return Err(MsrError::InvalidValue);
+        }
+        let write = |field| self.with_vmcs(|vmcs| vmcs.write(field, value));
+        match index {
+            msr::FS_BASE => write(fields::guest_segment(SegmentRegister::Fs).base),
+            msr::GS_BASE => write(fields::guest_segment(SegmentRegister::Gs).base),
+            msr::SYSENTER_CS => {
+                self.with_vmcs(|vmcs| vmcs.write(fields::GUEST_SYSENTER_CS, value as u32));
+            }
+            msr::SYSENTER_ESP => write(fields::GUEST_SYSENTER_ESP),
+            msr::SYSENTER_EIP => write(fields::GUEST_SYSENTER_EIP),
+            _ => {
+                return interrupts::without_interrupts(|| {
+                    self.core.bank.write(&self.bank, index, value)
+                })
+                .ok_or(MsrError::Unknown);
+            }
+        }
+        Ok(())
+    }
+
+    fn set_tsc_offset(&mut self, offset: i64) {
+        self.with_vmcs(|vmcs| vmcs.write(fields::TSC_OFFSET, offset.cast_unsigned()));
+    }
+
+    fn set_time_slice(&mut self, ticks: Option<u64>) -> TimeSlice {
+        if self.core.capabilities.preemption_timer_shift.is_none() {
+            return TimeSlice::HostTimer;
+        }
+        // SAFETY: every processor with VMX has the counter.
+        self.deadline = ticks.map(|ticks| unsafe { _rdtsc() }.saturating_add(ticks));
+        TimeSlice::Hardware
+    }
+
+    fn events(&self) -> &EventQueue {
+        &self.events
+    }
+
+    fn events_mut(&mut self) -> &mut EventQueue {
+        &mut self.events
+    }
+
+    fn windows(&self) -> Windows {
+        let shadow = Interruptibility::STI | Interruptibility::MOV_SS;
+        let interrupts_on = self.registers.rflags & RFlags::INTERRUPT_FLAG.bits() != 0;
+        let window = |open| if open { Window::Open } else { Window::Closed };
+        Windows {
+            interrupt: window(interrupts_on && !self.interruptibility.intersects(shadow)),
+            // A processor may refuse an NMI in an STI shadow, too (SDM vol. 3C 27.3.1.5).
+            nmi: window(
+                !self
+                    .interruptibility
+                    .intersects(shadow | Interruptibility::NMI),
+            ),
+        }
+    }
+
+    fn request_interrupt_window(&mut self) {
+        self.pending.insert(Pending::WINDOW);
+    }
+
+    fn flush(&mut self, flush: Flush) {
+        let Some(vpid) = self.vpid else {
+            // Without an identifier every entry starts with no translations (SDM vol. 3C 29.4.3.1).
+            return;
+        };
+        if self.pending.contains(Pending::FLUSH) {
+            return;
+        }
+        let individual = self
+            .core
+            .capabilities
+            .vpid
+            .is_some_and(|types| types.individual_address);
+        match flush {
+            Flush::Page(address)
+                if individual && msr::is_canonical(address.as_u64(), self.core.linear_bits) =>
+            {
+                let what = Invvpid::IndividualAddress(address);
+                // SAFETY: the core is in VMX operation and has this type.
+                if unsafe { instructions::invvpid(vpid, what) }.is_err() {
+                    self.pending.insert(Pending::FLUSH);
+                }
+            }
+            Flush::Page(_) | Flush::All => self.pending.insert(Pending::FLUSH),
+        }
+    }
+
+    fn skip_instruction(&mut self) {
+        /// A single step is pending (SDM vol. 3C table 25-4).
+        const SINGLE_STEP: u64 = 1 << 14;
+        let length = self.with_vmcs(|vmcs| vmcs.read(fields::EXIT_INSTRUCTION_LENGTH));
+        let next = self.registers.rip.wrapping_add(u64::from(length));
+        // Only code that is about to cross 4 GiB has to know how wide it is.
+        let crossed = (next ^ self.registers.rip) >> 32 != 0;
+        self.registers.rip = if crossed && !paging::is_long_mode(&self.control) {
+            next & 0xffff_ffff
+        } else {
+            next
+        };
+        self.interruptibility
+            .remove(Interruptibility::STI | Interruptibility::MOV_SS);
+        self.registers.rflags &= !RFlags::RESUME_FLAG.bits();
+        if self.registers.rflags & RFlags::TRAP_FLAG.bits() != 0 {
+            self.with_vmcs(|vmcs| {
+                let pending = vmcs.read(fields::GUEST_PENDING_DEBUG_EXCEPTIONS);
+                vmcs.write(
+                    fields::GUEST_PENDING_DEBUG_EXCEPTIONS,
+                    pending | SINGLE_STEP,
+                );
+            });
+        }
+    }
+
+    fn run(&mut self, code: &mut dyn CodeReader) -> Result<Exit, EntryFailure> {
+        let were_enabled = interrupts::are_enabled();
+        interrupts::disable();
+        let result = self.run_uninterrupted(code);
+        if were_enabled {
+            interrupts::enable();
+        } else if matches!(result, Ok(Exit::HostInterrupt)) {
+            // SAFETY: the host's tables are in place again; it takes its interrupt here.
+            unsafe { asm!("sti", "nop", "cli") };
+        }
+        result
+    }
+}
+
+impl Drop for VmxVcpu {
+    fn drop(&mut self) {
+        interrupts::without_interrupts(|| {
+            // SAFETY: the page is this vCPU's own.
+            unsafe { self.core.clear(self.vmcs.physical_address()) };
+            if let Some(vpid) = self.vpid {
+                self.core.free_vpid(vpid);
+            }
+            self.core.bank.release(&self.bank);
+            self.core.release_extended_state(self.extended);
+        });
+        // SAFETY: the box was leaked in `new` and the core's record has just forgotten it.
+        drop(unsafe { Box::from_raw(self.extended.as_ptr()) });
+    }
+}
