@@ -142,13 +142,10 @@ impl DebugRegisters {
 
     /// Whether `dr6` says that an instruction breakpoint at `rip` was hit.
     pub fn hits_instruction(&self, dr6: u64, rip: u64) -> bool {
-        (0..4).any(|index| {
+        self.addresses.iter().zip(0..).any(|(&address, index)| {
             let kind = (self.dr7 >> (16 + 4 * index)) & 3;
             let enables = (self.dr7 >> (2 * index)) & 3;
-            dr6 & (1 << index) != 0
-                && kind == 0
-                && enables != 0
-                && self.addresses[index as usize] == rip
+            dr6 & (1 << index) != 0 && kind == 0 && enables != 0 && address == rip
         })
     }
 

@@ -27,8 +27,18 @@ use crate::vcpu::{EXCEPTIONS, PendingFlush, Step, StepReason, SvmVcpu, flush_gue
 use crate::vmcb::{Intercepts3, InterruptControl, TlbControl};
 
 const TRAP: u64 = RFlags::TRAP_FLAG.bits();
+/// DR6's bits for the four breakpoints.
+const DR6_HITS: u64 = 0xf;
 /// More of the host's stack than the way into the guest uses, in bytes.
 const STACK_MARGIN: u64 = 4096;
+
+/// What an exit has to do with a step.
+enum Stepped {
+    /// It is an exit like any other.
+    No,
+    /// It ended the step, and the guest knows nothing of it.
+    Done,
+}
 
 impl SvmVcpu {
     /// Runs the guest until the caller must see an exit.
@@ -57,8 +67,10 @@ impl SvmVcpu {
                 return Ok(escape);
             }
             self.complete_events(exit);
-            if let Some(outcome) = self.complete_step(exit) {
-                return Ok(outcome);
+            match self.complete_step(exit) {
+                Stepped::No => {}
+                Stepped::Done if self.nmi_can_be_taken() => return Ok(Exit::NmiWindow),
+                Stepped::Done => continue,
             }
             match self.decode_exit(exit, code) {
                 Outcome::Exit(exit) => return Ok(exit),
@@ -222,41 +234,44 @@ impl SvmVcpu {
         self.vmcb_mut().save.dr6 &= !DR6_BS;
     }
 
-    /// Ends a step, and says if the caller must know.
-    fn complete_step(&mut self, exit: u64) -> Option<Exit> {
-        let step = self.step.take()?;
-        let stepped = exit == exit_code::EXCEPTION_0 + u64::from(vector::DEBUG)
-            && self.vmcb().save.dr6 & DR6_BS != 0;
+    /// Ends a step.
+    fn complete_step(&mut self, exit: u64) -> Stepped {
+        let Some(step) = self.step.take() else {
+            return Stepped::No;
+        };
+        let dr6 = self.vmcb().save.dr6;
+        let trapped =
+            exit == exit_code::EXCEPTION_0 + u64::from(vector::DEBUG) && dr6 & DR6_BS != 0;
         if step.reason == StepReason::StoreMachineStatus {
             self.vmcb_mut().control.intercept_cr_reads |= 1;
         }
         // IRET has loaded the guest's own flags; any other instruction left ours.
-        let keeps_flags = stepped && step.reason == StepReason::NmiReturn;
-        if !step.guest_traps && !keeps_flags {
+        let has_own_flags = trapped && step.reason == StepReason::NmiReturn;
+        if !step.guest_traps && !has_own_flags {
             self.registers.rflags &= !TRAP;
         }
         if step.reason == StepReason::NmiReturn {
-            self.nmi_masked = !stepped && self.registers.rip == step.rip;
+            self.nmi_masked = !trapped && self.registers.rip == step.rip;
         }
-        if !stepped {
+        if !trapped {
             self.vmcb_mut().save.dr6 |= step.dr6 & DR6_BS;
-            return None;
+            return Stepped::No;
         }
         if step.guest_traps {
             // The trap is the guest's own as well; its exit is decoded as any other.
-            return None;
+            return Stepped::No;
         }
-        let restored = (self.vmcb().save.dr6 & !DR6_BS) | (step.dr6 & DR6_BS);
-        let other_causes = restored & 0xf;
-        self.vmcb_mut().save.dr6 = restored;
-        if other_causes != step.dr6 & 0xf {
-            // A breakpoint hit with the step: the guest must see that one.
-            return None;
+        self.vmcb_mut().save.dr6 = (dr6 & !DR6_BS) | (step.dr6 & DR6_BS);
+        if dr6 & DR6_HITS == step.dr6 & DR6_HITS {
+            Stepped::Done
+        } else {
+            // A breakpoint was hit by the same instruction: that one is the guest's.
+            Stepped::No
         }
-        if self.events.needs_nmi_window() && !self.nmi_masked {
-            return Some(Exit::NmiWindow);
-        }
-        Some(Exit::HostInterrupt)
+    }
+
+    fn nmi_can_be_taken(&self) -> bool {
+        self.events.needs_nmi_window() && self.windows().nmi == Window::Open
     }
 
     /// One VMRUN.
