@@ -23,6 +23,8 @@ pub mod exceptions;
 pub mod hello;
 pub mod memory;
 pub mod paging;
+#[cfg(target_arch = "x86_64")]
+pub mod registers;
 pub mod tables;
 pub mod trap;
 pub mod user;
