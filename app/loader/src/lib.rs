@@ -1,1 +1,116 @@
+//! The guest loader: tells guest image formats apart by content, puts an image with its modules
+//! and boot information into guest RAM, and says how the processor must enter it.
+//!
+//! | format | told by | module |
+//! | --- | --- | --- |
+//! | Multiboot 0.6.96, ELF32 or address fields | header in the first 8 KiB | `multiboot` |
+//! | PVH (ELF32 or ELF64) | note `XEN_ELFNOTE_PHYS32_ENTRY` | `pvh` |
+//! | Multiboot with ELF64 | header and ELF class, if there is no PVH note | `multiboot` |
+//!
+//! Protocol: [`load`] first reads and checks the whole image, then writes; an image that is refused
+//! has written nothing. Image bytes are hostile: every offset, size and address in them is checked
+//! where it is used, and a refusal is one line that says what is wrong and where.
 #![no_std]
+#![deny(unsafe_code)]
+
+extern crate alloc;
+
+mod error;
+mod image;
+mod memory_map;
+mod multiboot;
+mod placement;
+mod pvh;
+
+pub use error::LoadError;
+pub use memory_map::{MemoryKind, MemoryMap, MemoryRange};
+
+use umbra_vcpu::address::Gpa;
+
+use image::Image;
+
+/// The guest's RAM while it is being filled. Untouched RAM reads as zero.
+pub trait GuestRam {
+    /// Copies `bytes` to `at`.
+    ///
+    /// # Errors
+    /// [`OutOfRam`] if some of it is not RAM, or the host has no memory for it.
+    fn write(&mut self, at: Gpa, bytes: &[u8]) -> Result<(), OutOfRam>;
+
+    /// Makes `length` bytes at `at` zero.
+    ///
+    /// # Errors
+    /// [`OutOfRam`] if some of it is not RAM.
+    fn zero(&mut self, at: Gpa, length: u64) -> Result<(), OutOfRam>;
+}
+
+/// Guest RAM could not be written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OutOfRam;
+
+/// A file that goes along with the guest's kernel: an initial RAM disk or any other module.
+#[derive(Clone, Copy, Debug)]
+pub struct Module<'a> {
+    /// Its command line, which begins with its name.
+    pub name: &'a str,
+    /// Its content.
+    pub data: &'a [u8],
+}
+
+/// What to load besides the image.
+#[derive(Clone, Copy, Debug)]
+pub struct LoadRequest<'a> {
+    /// The kernel's command line, which begins with the guest's name.
+    pub command_line: &'a str,
+    /// The modules in their order.
+    pub modules: &'a [Module<'a>],
+    /// The guest's physical memory.
+    pub memory_map: &'a MemoryMap,
+}
+
+/// How an image is to be entered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EntryState {
+    /// 32-bit protected mode without paging: flat segments, A20 open, interrupts off.
+    Protected32 {
+        /// The entry point.
+        eip: u32,
+        /// The boot protocol's magic number, or zero.
+        eax: u32,
+        /// The guest-physical address of the boot information.
+        ebx: u32,
+    },
+}
+
+/// The format that an image was found to have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// Multiboot 0.6.96.
+    Multiboot,
+    /// Xen's PVH.
+    Pvh,
+}
+
+/// An image that is in RAM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Loaded {
+    /// Its format.
+    pub format: Format,
+    /// How to enter it.
+    pub entry: EntryState,
+}
+
+/// Loads `image` with what `request` adds to it.
+///
+/// # Errors
+/// [`LoadError`], whose text is one line, if the image or the request is refused.
+pub fn load(
+    image: &[u8],
+    request: &LoadRequest<'_>,
+    ram: &mut dyn GuestRam,
+) -> Result<Loaded, LoadError> {
+    match Image::parse(image)? {
+        Image::Multiboot(image) => multiboot::load(&image, request, ram),
+        Image::Pvh(image) => pvh::load(&image, request, ram),
+    }
+}
