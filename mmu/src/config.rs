@@ -39,7 +39,7 @@ pub enum VictimPolicy {
     /// Second chance by the accessed bits of the entries that point to a page; leaves first.
     #[default]
     Clock,
-    /// Strictly the oldest first, as KVM does.
+    /// Strictly the oldest first, used or not; tables with children after those without.
     Fifo,
 }
 

@@ -160,11 +160,14 @@ impl<H: Host> Core<'_, H> {
         gva: Gva,
         level: Level,
     ) -> Result<(), MmuError> {
-        let missing = self.missing(root, walk, gva, level);
-        if missing == 0 {
-            Ok(())
-        } else {
-            self.make_pages_available(missing).map_err(MmuError::from)
+        // Making room may zap pages on the path itself, so what is missing is counted anew until
+        // it is covered: at most once for each level.
+        loop {
+            let missing = self.missing(root, walk, gva, level);
+            if missing <= self.state.reserved {
+                return Ok(());
+            }
+            self.make_pages_available(missing - self.state.reserved)?;
         }
     }
 

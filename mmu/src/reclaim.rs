@@ -19,13 +19,22 @@ use crate::zap::Batch;
 enum Pass {
     /// Nothing points to them.
     Orphans,
-    /// Level 1, or without entries, and not used since the hand came by last.
+    /// Level 1, or without entries.
+    OldestLeaves,
+    /// The same, and not used since the hand came by last.
     ColdLeaves,
     /// Whatever is not a root in use.
     Any,
 }
 
 impl<H: Host> Core<'_, H> {
+    /// Pages that the VM's own limit leaves.
+    fn own_available(&self) -> usize {
+        self.state
+            .limit
+            .saturating_sub(self.state.used + self.state.reserved)
+    }
+
     /// Pages that may still be made.
     pub fn available(&self) -> usize {
         self.state
@@ -46,8 +55,7 @@ impl<H: Host> Core<'_, H> {
             let freed = self.reclaim(refill - available);
             self.state.counters.mmu_recycled += freed as u64;
         }
-        let within_own = self.state.limit.saturating_sub(self.state.used) >= needed;
-        if within_own && self.budget.reserve(needed) {
+        if self.own_available() >= needed && self.budget.reserve(needed) {
             self.state.reserved += needed;
             Ok(())
         } else {
@@ -67,11 +75,11 @@ impl<H: Host> Core<'_, H> {
         let mut batch = Batch::new();
         match self.config.victims {
             VictimPolicy::Fifo => {
-                self.take_victims(Pass::Any, wanted, &mut batch);
+                self.take_victims(Pass::OldestLeaves, wanted, &mut batch);
                 if batch.len() < wanted {
                     self.release_previous_roots(&mut batch);
-                    self.take_victims(Pass::Any, wanted, &mut batch);
                 }
+                self.take_victims(Pass::OldestLeaves, wanted, &mut batch);
             }
             VictimPolicy::Clock => {
                 self.take_victims(Pass::Orphans, wanted, &mut batch);
@@ -82,9 +90,10 @@ impl<H: Host> Core<'_, H> {
                 for _ in 0..2 {
                     self.take_victims(Pass::ColdLeaves, wanted, &mut batch);
                 }
-                self.take_victims(Pass::Any, wanted, &mut batch);
             }
         }
+        // Upper tables go last, and take along what only they point to.
+        self.take_victims(Pass::Any, wanted, &mut batch);
         let freed = batch.len();
         self.commit(batch);
         freed
@@ -119,9 +128,9 @@ impl<H: Host> Core<'_, H> {
         match pass {
             Pass::Any => true,
             Pass::Orphans => self.state.pages[id].parents.is_empty(),
+            Pass::OldestLeaves => self.is_childless(id),
             Pass::ColdLeaves => {
-                let shadow = &self.state.pages[id];
-                if shadow.role.level != Level::One && shadow.used_entries > 0 {
+                if !self.is_childless(id) {
                     return false;
                 }
                 if !self.test_and_clear_accessed(id) {
@@ -133,6 +142,11 @@ impl<H: Host> Core<'_, H> {
                 false
             }
         }
+    }
+
+    fn is_childless(&self, id: PageId) -> bool {
+        let page = &self.state.pages[id];
+        page.role.level == Level::One || page.used_entries == 0
     }
 
     /// Whether the hardware has gone through a link to this page since this was last asked.

@@ -948,14 +948,15 @@ fn run(scenario: &Scenario) {
 
 #[test]
 fn agrees_with_the_reference_walker() {
-    let steps: u64 = match std::env::var("UMBRA_LONG") {
-        Ok(_) => 10_000_000,
-        Err(_) => 200_000,
+    let steps: u64 = match (std::env::var("UMBRA_STEPS"), std::env::var("UMBRA_LONG")) {
+        (Ok(steps), _) => steps.parse().expect("UMBRA_STEPS is a number"),
+        (_, Ok(_)) => 10_000_000,
+        _ => 200_000,
     };
     // Half of the longest scenario is the mean.
     let length = 800;
     let mut config = ProptestConfig::with_cases((steps / (length / 2)) as u32 + 1);
-    config.max_shrink_iters = 4000;
+    config.max_shrink_iters = 1500;
     config.failure_persistence = Some(Box::new(
         proptest::test_runner::FileFailurePersistence::WithSource("regressions"),
     ));
