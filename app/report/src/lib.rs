@@ -1,1 +1,18 @@
+//! What the image and the host tool must agree on: the report line, the exit codes, and the options
+//! that the image takes as application arguments.
+//!
+//! Protocol: at the end of each guest the image prints one [`Report::line`] at the start of a
+//! console line, then ends with the report's [`ExitCode`]. The host tool reads the line back with
+//! [`Report::from_console`].
+
 #![no_std]
+#![deny(unsafe_code)]
+
+extern crate alloc;
+
+mod exit_code;
+pub mod options;
+mod report;
+
+pub use exit_code::{ExitCode, Outcome, UnknownExitCode};
+pub use report::{Driver, Exhausted, MARKER, MmuCounters, Report, ReportError};

@@ -1,0 +1,615 @@
+//! The image's own options, given as Hermit application arguments.
+//!
+//! `--name VALUE` and `--name=VALUE` mean the same. Each option may be given once. Every mistake is
+//! one [`OptionsError`], whose text is one line that says what is wrong and what would be right.
+
+use alloc::string::{String, ToString};
+use core::fmt;
+use core::time::Duration;
+
+/// What `--help` prints.
+pub const HELP: &str = "\
+Umbra runs one guest, which the boot loader passes as a module.
+
+  --guest NAME       name of the guest in the report, and of the embedded guest to run if there is
+                     no module (default: hello)
+  --append TEXT      command line for the guest
+  --memory SIZE      the guest's RAM: bytes, or a number with K, M or G (default: 64M)
+  --mmu-pages N      limit on shadow pages (default: 1/50 of the guest's pages, at least 64)
+  --timeout SECONDS  stop the guest after so many seconds (default: 0, never)
+  --help             print this text
+";
+
+/// The guest's RAM if `--memory` is not given, in bytes.
+pub const DEFAULT_MEMORY: u64 = 64 << 20;
+/// The least RAM that a guest may have, in bytes: what lies above 1 MiB must hold an image.
+pub const MINIMUM_MEMORY: u64 = 2 << 20;
+/// The most RAM that a guest may have, in bytes.
+pub const MAXIMUM_MEMORY: u64 = 512 << 30;
+/// The least number of shadow pages (KVM's `KVM_MIN_ALLOC_MMU_PAGES`).
+pub const MINIMUM_MMU_PAGES: u64 = 64;
+/// The largest number of shadow pages.
+pub const MAXIMUM_MMU_PAGES: u64 = 1 << 30;
+/// The longest time limit in seconds: one year.
+pub const MAXIMUM_TIMEOUT: u64 = 365 * 24 * 60 * 60;
+
+const PAGE_SIZE: u64 = 4096;
+
+/// What the arguments ask for.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Request {
+    /// Run a guest.
+    Run(Options),
+    /// Print [`HELP`] and succeed.
+    Help,
+}
+
+/// The options of one run.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Options {
+    /// The guest's name, if one was given.
+    pub guest: Option<String>,
+    /// The guest's command line.
+    pub append: String,
+    /// The guest's RAM in bytes: a multiple of 4096.
+    pub memory: u64,
+    /// The limit on shadow pages, if one was given.
+    pub mmu_pages: Option<u64>,
+    /// The guest's time limit, if it has one.
+    pub timeout: Option<Duration>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            guest: None,
+            append: String::new(),
+            memory: DEFAULT_MEMORY,
+            mmu_pages: None,
+            timeout: None,
+        }
+    }
+}
+
+/// One option.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Name {
+    Guest,
+    Append,
+    Memory,
+    MmuPages,
+    Timeout,
+    Help,
+}
+
+impl Name {
+    const ALL: [Self; 6] = [
+        Self::Guest,
+        Self::Append,
+        Self::Memory,
+        Self::MmuPages,
+        Self::Timeout,
+        Self::Help,
+    ];
+
+    const fn text(self) -> &'static str {
+        match self {
+            Self::Guest => "--guest",
+            Self::Append => "--append",
+            Self::Memory => "--memory",
+            Self::MmuPages => "--mmu-pages",
+            Self::Timeout => "--timeout",
+            Self::Help => "--help",
+        }
+    }
+
+    /// What its value looks like.
+    const fn value(self) -> &'static str {
+        match self {
+            Self::Guest => "a name, as in --guest hello",
+            Self::Append => "a text, as in --append \"quiet\"",
+            Self::Memory => "a size, as in --memory 256M",
+            Self::MmuPages => "a number, as in --mmu-pages 1024",
+            Self::Timeout => "seconds, as in --timeout 30",
+            Self::Help => "no value",
+        }
+    }
+}
+
+/// Reads the image's arguments, without the program's name.
+///
+/// # Errors
+/// The first mistake, as [`OptionsError`].
+pub fn parse<'a>(arguments: impl IntoIterator<Item = &'a str>) -> Result<Request, OptionsError> {
+    let mut arguments = arguments.into_iter();
+    let mut options = Options::default();
+    let mut seen = [false; Name::ALL.len()];
+    let mut help = false;
+    while let Some(argument) = arguments.next() {
+        let (text, attached) = match argument.split_once('=') {
+            Some((text, value)) if text.starts_with('-') => (text, Some(value)),
+            _ => (argument, None),
+        };
+        let name = find(text)?;
+        let seen = &mut seen[name as usize];
+        if core::mem::replace(seen, true) {
+            return Err(OptionsError::Duplicate {
+                option: name.text(),
+            });
+        }
+        if name == Name::Help {
+            if let Some(value) = attached {
+                return Err(bad_value(name, value, "it takes no value"));
+            }
+            help = true;
+            continue;
+        }
+        let value = match attached {
+            Some(value) => value,
+            None => match arguments.next() {
+                // Whoever wants a text that looks like an option writes `--append=--verbose`.
+                Some(value) if find(value).is_err() => value,
+                _ => {
+                    let expected = name.value();
+                    return Err(OptionsError::MissingValue {
+                        option: name.text(),
+                        expected,
+                    });
+                }
+            },
+        };
+        set(&mut options, name, value)?;
+    }
+    Ok(if help {
+        Request::Help
+    } else {
+        Request::Run(options)
+    })
+}
+
+fn find(text: &str) -> Result<Name, OptionsError> {
+    if let Some(name) = Name::ALL.into_iter().find(|name| name.text() == text) {
+        return Ok(name);
+    }
+    let option = text.to_string();
+    if !text.starts_with('-') {
+        return Err(OptionsError::NotAnOption { text: option });
+    }
+    let typed = text.trim_start_matches('-');
+    let nearest = Name::ALL
+        .into_iter()
+        .map(|name| {
+            (
+                edit_distance(typed, name.text().trim_start_matches('-')),
+                name,
+            )
+        })
+        .min_by_key(|(distance, _)| *distance)
+        .filter(|(distance, name)| *distance <= name.text().len() / 2)
+        .map(|(_, name)| name.text());
+    Err(OptionsError::Unknown { option, nearest })
+}
+
+fn set(options: &mut Options, name: Name, value: &str) -> Result<(), OptionsError> {
+    match name {
+        Name::Guest if value.is_empty() => return Err(bad_value(name, value, "it is empty")),
+        Name::Guest => options.guest = Some(value.to_string()),
+        Name::Append => options.append = value.to_string(),
+        Name::Memory => options.memory = memory(value)?,
+        Name::MmuPages => {
+            let pages = number(name, value)?;
+            check_range(name, value, pages, MINIMUM_MMU_PAGES, MAXIMUM_MMU_PAGES)?;
+            options.mmu_pages = Some(pages);
+        }
+        Name::Timeout => {
+            let seconds = number(name, value)?;
+            check_range(name, value, seconds, 0, MAXIMUM_TIMEOUT)?;
+            options.timeout = (seconds != 0).then(|| Duration::from_secs(seconds));
+        }
+        Name::Help => {}
+    }
+    Ok(())
+}
+
+fn memory(value: &str) -> Result<u64, OptionsError> {
+    let name = Name::Memory;
+    let (digits, shift) = match value.as_bytes().last() {
+        Some(b'K' | b'k') => (&value[..value.len() - 1], 10),
+        Some(b'M' | b'm') => (&value[..value.len() - 1], 20),
+        Some(b'G' | b'g') => (&value[..value.len() - 1], 30),
+        _ => (value, 0),
+    };
+    let units = number(name, digits).map_err(|_| {
+        bad_value(
+            name,
+            value,
+            "it is not a whole number of bytes, or one with K, M or G",
+        )
+    })?;
+    let bytes = units.saturating_mul(1 << shift);
+    check_range(name, value, bytes, MINIMUM_MEMORY, MAXIMUM_MEMORY)?;
+    if bytes % PAGE_SIZE != 0 {
+        return Err(bad_value(name, value, "it is not a multiple of 4K"));
+    }
+    Ok(bytes)
+}
+
+/// A decimal number; one too large for 64 bits becomes the largest, for the range check to refuse.
+fn number(name: Name, value: &str) -> Result<u64, OptionsError> {
+    if value.is_empty() || !value.bytes().all(|byte| byte.is_ascii_digit()) {
+        return Err(bad_value(name, value, "it is not a whole number"));
+    }
+    Ok(value.parse().unwrap_or(u64::MAX))
+}
+
+fn check_range(
+    name: Name,
+    value: &str,
+    number: u64,
+    minimum: u64,
+    maximum: u64,
+) -> Result<(), OptionsError> {
+    if (minimum..=maximum).contains(&number) {
+        return Ok(());
+    }
+    let unit = match name {
+        Name::Memory => Unit::Bytes,
+        _ => Unit::None,
+    };
+    let range = Range {
+        minimum,
+        maximum,
+        unit,
+    };
+    Err(OptionsError::OutOfRange {
+        option: name.text(),
+        value: value.to_string(),
+        range,
+    })
+}
+
+fn bad_value(name: Name, value: &str, reason: &'static str) -> OptionsError {
+    OptionsError::BadValue {
+        option: name.text(),
+        value: value.to_string(),
+        reason,
+        expected: name.value(),
+    }
+}
+
+/// Levenshtein's distance: the least number of inserted, removed or replaced characters.
+fn edit_distance(left: &str, right: &str) -> usize {
+    let mut row: alloc::vec::Vec<usize> = (0..=right.chars().count()).collect();
+    for (i, l) in left.chars().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, r) in right.chars().enumerate() {
+            let replaced = diagonal + usize::from(l != r);
+            diagonal = row[j + 1];
+            row[j + 1] = replaced.min(diagonal + 1).min(row[j] + 1);
+        }
+    }
+    row.last().copied().unwrap_or(0)
+}
+
+/// What is wrong with the arguments. Its text is one line; the exit code is
+/// [`crate::ExitCode::BadInput`].
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum OptionsError {
+    /// There is no such option.
+    Unknown {
+        /// What was given.
+        option: String,
+        /// The option with the most similar name, if any is similar.
+        nearest: Option<&'static str>,
+    },
+    /// An argument is neither an option nor an option's value.
+    NotAnOption {
+        /// What was given.
+        text: String,
+    },
+    /// An option lacks its value.
+    MissingValue {
+        /// The option.
+        option: &'static str,
+        /// What its value looks like.
+        expected: &'static str,
+    },
+    /// An option was given twice.
+    Duplicate {
+        /// The option.
+        option: &'static str,
+    },
+    /// An option's value is not of the right kind.
+    BadValue {
+        /// The option.
+        option: &'static str,
+        /// What was given.
+        value: String,
+        /// What is wrong with it.
+        reason: &'static str,
+        /// What it should look like.
+        expected: &'static str,
+    },
+    /// An option's value is too small or too large.
+    OutOfRange {
+        /// The option.
+        option: &'static str,
+        /// What was given.
+        value: String,
+        /// What is allowed.
+        range: Range,
+    },
+}
+
+/// The values that an option allows.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Range {
+    minimum: u64,
+    maximum: u64,
+    unit: Unit,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Unit {
+    None,
+    Bytes,
+}
+
+impl fmt::Display for Range {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.unit {
+            Unit::None => write!(formatter, "from {} to {}", self.minimum, self.maximum),
+            Unit::Bytes => {
+                write!(
+                    formatter,
+                    "from {}M to {}G",
+                    self.minimum >> 20,
+                    self.maximum >> 30
+                )
+            }
+        }
+    }
+}
+
+impl fmt::Display for OptionsError {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unknown {
+                option,
+                nearest: Some(nearest),
+            } => {
+                write!(
+                    formatter,
+                    "unknown option {option:?}: did you mean {nearest}?"
+                )
+            }
+            Self::Unknown {
+                option,
+                nearest: None,
+            } => {
+                write!(formatter, "unknown option {option:?}: see --help")
+            }
+            Self::NotAnOption { text } => {
+                write!(
+                    formatter,
+                    "unexpected argument {text:?}: options begin with --, see --help"
+                )
+            }
+            Self::MissingValue { option, expected } => {
+                write!(
+                    formatter,
+                    "option {option} lacks its value: it takes {expected}"
+                )
+            }
+            Self::Duplicate { option } => {
+                write!(formatter, "option {option} is given twice: give it once")
+            }
+            Self::BadValue {
+                option,
+                value,
+                reason,
+                expected,
+            } => write!(
+                formatter,
+                "bad value {value:?} for option {option}: {reason}; it takes {expected}"
+            ),
+            Self::OutOfRange {
+                option,
+                value,
+                range,
+            } => {
+                write!(
+                    formatter,
+                    "value {value:?} for option {option} is out of range: {range}"
+                )
+            }
+        }
+    }
+}
+
+impl core::error::Error for OptionsError {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn run(arguments: &[&str]) -> Options {
+        match parse(arguments.iter().copied()) {
+            Ok(Request::Run(options)) => options,
+            other => panic!("{arguments:?}: {other:?}"),
+        }
+    }
+
+    fn error(arguments: &[&str]) -> String {
+        parse(arguments.iter().copied()).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn no_arguments_are_the_defaults() {
+        let options = run(&[]);
+        assert_eq!(options, Options::default());
+        assert_eq!(options.memory, 64 << 20);
+    }
+
+    #[test]
+    fn both_forms_mean_the_same() {
+        let separate = [
+            "--guest",
+            "a",
+            "--append",
+            "x=1 y",
+            "--memory",
+            "1G",
+            "--mmu-pages",
+            "64",
+        ];
+        let options = run(&separate);
+        let joined = [
+            "--guest=a",
+            "--append=x=1 y",
+            "--memory=1G",
+            "--mmu-pages=64",
+        ];
+        assert_eq!(options, run(&joined));
+        assert_eq!(options.guest.as_deref(), Some("a"));
+        assert_eq!(options.append, "x=1 y");
+        assert_eq!(options.memory, 1 << 30);
+        assert_eq!(options.mmu_pages, Some(64));
+        assert_eq!(
+            run(&["--timeout", "30"]).timeout,
+            Some(Duration::from_secs(30))
+        );
+        assert_eq!(run(&["--timeout=0"]).timeout, None);
+        assert_eq!(run(&["--append", ""]).append, "");
+        assert_eq!(run(&["--append", "-v"]).append, "-v");
+        assert_eq!(run(&["--append=--help"]).append, "--help");
+    }
+
+    #[test]
+    fn help_is_asked_for() {
+        assert_eq!(parse(["--memory", "64M", "--help"]), Ok(Request::Help));
+        assert!(error(&["--help=yes"]).contains("it takes no value"));
+        for name in Name::ALL {
+            assert!(HELP.contains(name.text()), "{name:?} is not in the help");
+        }
+    }
+
+    #[test]
+    fn memory_sizes() {
+        for (text, bytes) in [
+            ("2M", 2 << 20),
+            ("2048k", 2 << 20),
+            ("67108864", 64 << 20),
+            ("512G", 512 << 30),
+        ] {
+            assert_eq!(run(&["--memory", text]).memory, bytes);
+        }
+        for text in [
+            "",
+            "M",
+            "64 M",
+            "64MB",
+            "-1",
+            "1.5G",
+            "+4M",
+            "0x1000000",
+            "six",
+            "６４M",
+        ] {
+            assert!(
+                error(&["--memory", text]).starts_with("bad value"),
+                "{text}"
+            );
+        }
+        for text in [
+            "0",
+            "1M",
+            "2097151",
+            "513G",
+            "99999999999999999999G",
+            "18446744073709551615",
+        ] {
+            let error = error(&["--memory", text]);
+            assert!(error.ends_with("out of range: from 2M to 512G"), "{error}");
+        }
+        assert!(error(&["--memory", "67108865"]).contains("multiple of 4K"));
+    }
+
+    #[test]
+    fn numbers_have_bounds() {
+        assert!(error(&["--mmu-pages", "63"]).contains("from 64 to 1073741824"));
+        assert!(error(&["--timeout", "31536001"]).contains("from 0 to 31536000"));
+        assert!(error(&["--timeout", "1s"]).contains("not a whole number"));
+        assert!(error(&["--guest="]).contains("empty"));
+    }
+
+    #[test]
+    fn a_mistyped_option_names_the_nearest() {
+        for (typed, right) in [
+            ("--geust", "--guest"),
+            ("--mem", "--memory"),
+            ("--mmu_pages=7", "--mmu-pages"),
+            ("--time-out", "--timeout"),
+            ("-append", "--append"),
+            ("--hlep", "--help"),
+        ] {
+            let error = error(&[typed]);
+            assert!(
+                error.ends_with(&alloc::format!("did you mean {right}?")),
+                "{error}"
+            );
+        }
+        assert_eq!(
+            error(&["--zzzzzzzzzz"]),
+            "unknown option \"--zzzzzzzzzz\": see --help"
+        );
+        assert!(error(&["guest"]).starts_with("unexpected argument \"guest\""));
+    }
+
+    #[test]
+    fn values_must_be_there_once() {
+        assert!(error(&["--memory"]).starts_with("option --memory lacks its value"));
+        assert!(error(&["--append", "--memory", "64M"]).starts_with("option --append lacks"));
+        assert!(error(&["--guest", "a", "--guest=a"]).starts_with("option --guest is given twice"));
+        assert!(error(&["--help", "--help"]).starts_with("option --help is given twice"));
+    }
+
+    #[test]
+    fn edit_distances() {
+        for (left, right, distance) in [
+            ("", "", 0),
+            ("", "abc", 3),
+            ("kitten", "sitting", 3),
+            ("abc", "abc", 0),
+            ("é", "e", 1),
+        ] {
+            assert_eq!(edit_distance(left, right), distance);
+            assert_eq!(edit_distance(right, left), distance);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn every_mistake_is_one_line(
+            arguments in prop::collection::vec(
+                prop_oneof![
+                    "(?s).*",
+                    "--(guest|append|memory|mmu-pages|timeout|help)(=(?s).*)?",
+                    "[0-9]{1,22}[KMG]?",
+                ],
+                0..6,
+            ),
+        ) {
+            match parse(arguments.iter().map(String::as_str)) {
+                Ok(Request::Run(options)) => {
+                    prop_assert!((MINIMUM_MEMORY..=MAXIMUM_MEMORY).contains(&options.memory));
+                    prop_assert_eq!(options.memory % PAGE_SIZE, 0);
+                }
+                Ok(Request::Help) => {}
+                Err(error) => prop_assert!(!error.to_string().contains(['\n', '\r'])),
+            }
+        }
+    }
+}
