@@ -58,7 +58,13 @@ impl BootInfo {
 
     fn multiboot(info: u32) -> Self {
         let flags = load(info);
-        let field = |flag: u32, offset: u32| if flags & flag != 0 { load(info + offset) } else { 0 };
+        let field = |flag: u32, offset: u32| {
+            if flags & flag != 0 {
+                load(info + offset)
+            } else {
+                0
+            }
+        };
         let mut boot = Self {
             protocol: Protocol::Multiboot,
             command_line: text(field(1 << 2, 16)),
@@ -111,12 +117,18 @@ impl BootInfo {
             Protocol::Multiboot => {
                 let entry = table + index * 16;
                 let (start, end) = (load(entry), load(entry + 4));
-                Module { data: bytes(start, end - start), command_line: text(load(entry + 8)) }
+                Module {
+                    data: bytes(start, end - start),
+                    command_line: text(load(entry + 8)),
+                }
             }
             Protocol::Pvh => {
                 let entry = table + index * 32;
                 let data = bytes(load(entry), load(entry + 8));
-                Module { data, command_line: text(load(entry + 16)) }
+                Module {
+                    data,
+                    command_line: text(load(entry + 16)),
+                }
             }
         })
     }
@@ -133,7 +145,9 @@ impl BootInfo {
 
     /// Whether `word` is one of the command line's words.
     pub fn has_word(&self, word: &str) -> bool {
-        self.command_line.split(|byte| *byte == b' ').any(|found| found == word.as_bytes())
+        self.command_line
+            .split(|byte| *byte == b' ')
+            .any(|found| found == word.as_bytes())
     }
 }
 

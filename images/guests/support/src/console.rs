@@ -10,7 +10,15 @@ const TRANSMITTER_EMPTY: u8 = 1 << 5;
 
 /// Sets 115200 baud, eight bits, no parity, one stop bit, no interrupts.
 pub fn init() {
-    for (register, value) in [(1, 0), (3, 0x80), (0, 1), (1, 0), (3, 0x03), (2, 0x07), (4, 0x03)] {
+    for (register, value) in [
+        (1, 0),
+        (3, 0x80),
+        (0, 1),
+        (1, 0),
+        (3, 0x03),
+        (2, 0x07),
+        (4, 0x03),
+    ] {
         outb(COM1 + register, value);
     }
 }

@@ -260,7 +260,12 @@ pub fn cpuid(leaf: u32, subleaf: u32) -> Cpuid {
         asm!("mov {saved}, ebx", "cpuid", "xchg {saved}, ebx", saved = out(reg) ebx,
             inout("eax") eax, inout("ecx") ecx, out("edx") edx, options(nostack));
     }
-    Cpuid { eax, ebx: ebx as u32, ecx, edx }
+    Cpuid {
+        eax,
+        ebx: ebx as u32,
+        ecx,
+        edx,
+    }
 }
 
 /// CPUID features that checks depend on.
@@ -299,7 +304,12 @@ pub fn has(feature: Feature) -> bool {
     let structured = if cpuid(0, 0).eax >= 7 {
         cpuid(7, 0)
     } else {
-        Cpuid { eax: 0, ebx: 0, ecx: 0, edx: 0 }
+        Cpuid {
+            eax: 0,
+            ebx: 0,
+            ecx: 0,
+            edx: 0,
+        }
     };
     let extended = cpuid(0x8000_0001, 0);
     let (register, bit) = match feature {

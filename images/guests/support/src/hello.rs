@@ -26,9 +26,17 @@ pub fn run(boot: &BootInfo, checks: &mut Checks) {
         boot.ram_bytes / 1024
     );
     checks.equal("CR0.PE", cr0::PE, read_cr0() & cr0::PE);
-    let paging = if cfg!(target_arch = "x86_64") { cr0::PG } else { 0 };
+    let paging = if cfg!(target_arch = "x86_64") {
+        cr0::PG
+    } else {
+        0
+    };
     checks.equal("CR0.PG", paging, read_cr0() & cr0::PG);
-    checks.equal("a memory map with at least 32 MiB of RAM", true, boot.ram_bytes >= 32 << 20);
+    checks.equal(
+        "a memory map with at least 32 MiB of RAM",
+        true,
+        boot.ram_bytes >= 32 << 20,
+    );
     checks.ok("the loader's state");
 }
 

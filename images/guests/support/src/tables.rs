@@ -121,12 +121,18 @@ const GDT_LIMIT: u16 = (size_of::<Gdt>() - 1) as u16;
 
 /// Our GDT.
 pub fn gdt_pointer() -> TablePointer {
-    TablePointer { limit: GDT_LIMIT, base: (&raw const GDT) as usize }
+    TablePointer {
+        limit: GDT_LIMIT,
+        base: (&raw const GDT) as usize,
+    }
 }
 
 /// Our IDT.
 pub fn idt_pointer() -> TablePointer {
-    TablePointer { limit: (256 * GATE_BYTES - 1) as u16, base: (&raw const IDT) as usize }
+    TablePointer {
+        limit: (256 * GATE_BYTES - 1) as u16,
+        base: (&raw const IDT) as usize,
+    }
 }
 
 /// LGDT.
@@ -188,7 +194,10 @@ pub fn set_task_back_link(selector: u16) {
 
 /// Writes a descriptor into the GDT.
 pub fn set_descriptor(selector: u16, descriptor: u64) {
-    store((&raw const GDT) as usize + usize::from(selector & !7), descriptor);
+    store(
+        (&raw const GDT) as usize + usize::from(selector & !7),
+        descriptor,
+    );
 }
 
 /// Reads a descriptor from the GDT.
@@ -220,7 +229,12 @@ unsafe extern "C" {
 /// Makes every vector return at once. Only for interrupts: exceptions would leave error codes.
 pub fn ignore_interrupts() {
     for number in 0..=255 {
-        write_gate(number, (&raw const guest_ignore_interrupt) as usize, 0, GateStack::Ordinary);
+        write_gate(
+            number,
+            (&raw const guest_ignore_interrupt) as usize,
+            0,
+            GateStack::Ordinary,
+        );
     }
 }
 

@@ -166,11 +166,15 @@ pub fn catch<T, F: FnOnce() -> T>(body: F) -> Result<T, Trap> {
         }
     }
 
-    let mut call = Call { body: MaybeUninit::new(body), value: MaybeUninit::<T>::uninit() };
+    let mut call = Call {
+        body: MaybeUninit::new(body),
+        value: MaybeUninit::<T>::uninit(),
+    };
     let outer = UNWIND_STACK.get();
     // SAFETY: `run::<F, T>` gets the argument that it expects; `guest_catch` returns once, with
     // callee-saved registers restored, whichever way `run` ends.
-    let trapped = unsafe { guest_catch(run::<F, T> as *const () as usize, (&raw mut call) as usize) };
+    let trapped =
+        unsafe { guest_catch(run::<F, T> as *const () as usize, (&raw mut call) as usize) };
     UNWIND_STACK.set(outer);
     match CAUGHT.get() {
         Some(trap) if trapped != 0 => Err(trap),

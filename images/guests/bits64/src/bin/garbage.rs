@@ -22,13 +22,18 @@ fn run(_: &BootInfo, checks: &mut Checks) {
     let window = Mode::Long.window();
     for page in 0..CODE_PAGES {
         let offset = page * PAGE;
-        space.map(window.plus(offset as usize), 1, code.plus(offset), bits::PWU);
+        space.map(
+            window.plus(offset as usize),
+            1,
+            code.plus(offset),
+            bits::PWU,
+        );
     }
     cpu::reload_root();
     let mut numbers = Numbers::new(0x9e37_79b9);
     for round in 0..ROUNDS {
         for offset in (0..CODE_PAGES * PAGE).step_by(4) {
-            poke(code.plus(offset), numbers.next());
+            poke(code.plus(offset), numbers.draw());
         }
         let trap = user::run(window, [window.0, window.0], 0);
         let ring = trap.cs & 3;

@@ -35,7 +35,12 @@ fn with_bit(c: &mut Checks, space: Space, page: VirtAddr, level: u32, bit: u64, 
         trap.error_code |= if lenient { error::PROTECTION } else { 0 };
         trap
     });
-    let trap = c.raises(what, vector::PF, error::PROTECTION | error::RESERVED, loaded);
+    let trap = c.raises(
+        what,
+        vector::PF,
+        error::PROTECTION | error::RESERVED,
+        loaded,
+    );
     c.equal("CR2", page.0, trap.cr2);
     space.change(page, level, bit, 0);
     cpu::invlpg(page);

@@ -3,8 +3,8 @@
 #![no_std]
 #![no_main]
 
-use umbra_guest::trap::{catch, vector};
 use umbra_guest::boot::LENIENT;
+use umbra_guest::trap::{catch, vector};
 use umbra_guest::{BootInfo, Checks, cpu, guest};
 
 guest!("unknown-ports-msrs", pvh, run);

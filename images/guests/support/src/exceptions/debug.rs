@@ -72,7 +72,11 @@ fn single_step(checks: &mut Checks) {
         result
     });
     checks.succeeds("stepping through", stepped);
-    checks.equal("single steps, also over instructions that exit", 9, COUNT.get());
+    checks.equal(
+        "single steps, also over instructions that exit",
+        9,
+        COUNT.get(),
+    );
     clear();
     checks.ok("single steps");
 }
@@ -108,7 +112,8 @@ fn breakpoint(checks: &mut Checks) {
 fn watchpoint(checks: &mut Checks) {
     let at = (&raw const WATCHED) as usize;
     let store = |offset: usize| attempt!(=> "mov dword ptr [{p}], 1" =>; p = in(reg) at + offset);
-    let load = |offset: usize| attempt!(=> "mov eax, [{p}]" =>; p = in(reg) at + offset, out("eax") _);
+    let load =
+        |offset: usize| attempt!(=> "mov eax, [{p}]" =>; p = in(reg) at + offset, out("eax") _);
     clear();
     cpu::write_dr1(at);
     // L1, stores of 4 bytes.
@@ -137,7 +142,12 @@ fn registers(checks: &mut Checks) {
     for _ in 0..3 {
         let _ = cpu::cpuid(0, 0);
         let _ = cpu::inb(0x3fd);
-        let read = [cpu::read_dr0(), cpu::read_dr1(), cpu::read_dr2(), cpu::read_dr3()];
+        let read = [
+            cpu::read_dr0(),
+            cpu::read_dr1(),
+            cpu::read_dr2(),
+            cpu::read_dr3(),
+        ];
         checks.equal("DR0 to DR3", values, read);
         checks.equal("DR7", DR7_CLEAR, cpu::read_dr7());
         checks.equal("DR6", DR6_CLEAR, cpu::read_dr6());

@@ -54,7 +54,12 @@ fn sse(boot: &BootInfo, checks: &mut Checks) {
     // SAFETY: the usual value of MXCSR.
     unsafe { asm!("ldmxcsr [{}]", in(reg) &raw const masked) };
     cpu::clear_cr4(cr4::OSFXSR);
-    checks.faults("SSE without OSFXSR", vector::UD, 0, attempt!("xorps xmm0, xmm0"));
+    checks.faults(
+        "SSE without OSFXSR",
+        vector::UD,
+        0,
+        attempt!("xorps xmm0, xmm0"),
+    );
     cpu::set_cr4(cr4::OSFXSR);
     checks.succeeds("SSE with OSFXSR", attempt!("xorps xmm0, xmm0"));
 }
@@ -95,7 +100,11 @@ fn survival(checks: &mut Checks) {
             }
         });
         checks.succeeds("FXRSTOR, exits, FXSAVE", result);
-        checks.equal("x87 and SSE registers", true, numbers(&before).eq(numbers(&after)));
+        checks.equal(
+            "x87 and SSE registers",
+            true,
+            numbers(&before).eq(numbers(&after)),
+        );
         checks.equal("FCW", &before.0[..2], &after.0[..2]);
         checks.equal("MXCSR", &before.0[24..28], &after.0[24..28]);
     }
@@ -113,15 +122,18 @@ fn extended(checks: &mut Checks) {
     checks.faults("XGETBV without OSXSAVE", vector::UD, 0, result);
     cpu::set_cr4(cr4::OSXSAVE);
     checks.equal("CPUID.OSXSAVE after", 1, osxsave());
-    let set = |value: u32, index: u32| {
-        attempt!(=> "xsetbv" =>; in("eax") value, in("edx") 0, in("ecx") index)
-    };
+    let set = |value: u32, index: u32| attempt!(=> "xsetbv" =>; in("eax") value, in("edx") 0, in("ecx") index);
     checks.faults("XCR0 without x87", vector::GP, 0, set(2, 0));
     checks.faults("XCR0 with AVX but not SSE", vector::GP, 0, set(5, 0));
     checks.faults("an unknown XCR", vector::GP, 0, set(1, 1));
     checks.succeeds("XCR0 = x87 and SSE", set(3, 0));
     if has(Feature::Avx) {
-        checks.faults("AVX without its XCR0 bit", vector::UD, 0, attempt!("vzeroall"));
+        checks.faults(
+            "AVX without its XCR0 bit",
+            vector::UD,
+            0,
+            attempt!("vzeroall"),
+        );
         checks.succeeds("XCR0 = x87, SSE and AVX", set(7, 0));
         let (before, mut after) = ([0x1234_5678_9abc_def0_u64, 2, 3, !4], [0_u64; 4]);
         let result = catch(|| {

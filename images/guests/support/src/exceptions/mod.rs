@@ -83,14 +83,22 @@ impl Checks {
         result: Result<T, Trap>,
     ) -> Trap {
         let trap = self.raises(what, vector, error_code, result);
-        self.equal(format_args!("{what}: instruction pointer"), TRIED.get()[0], trap.ip);
+        self.equal(
+            format_args!("{what}: instruction pointer"),
+            TRIED.get()[0],
+            trap.ip,
+        );
         trap
     }
 
     /// Checks for an exception whose saved instruction pointer is behind the instruction tried.
     pub(crate) fn traps<T>(&mut self, what: &str, vector: u8, result: Result<T, Trap>) -> Trap {
         let trap = self.raises(what, vector, 0, result);
-        self.equal(format_args!("{what}: instruction pointer"), TRIED.get()[1], trap.ip);
+        self.equal(
+            format_args!("{what}: instruction pointer"),
+            TRIED.get()[1],
+            trap.ip,
+        );
         trap
     }
 }

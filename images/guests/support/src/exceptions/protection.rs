@@ -63,7 +63,11 @@ fn far_jumps(checks: &mut Checks) {
     tables::set_descriptor(FREE_SLOT, ABSENT_CODE);
     let slot = u32::from(FREE_SLOT);
     let data = u32::from(KERNEL_DATA);
-    let targets = [(slot, vector::NP, slot), (data, vector::GP, data), (0, vector::GP, 0)];
+    let targets = [
+        (slot, vector::NP, slot),
+        (data, vector::GP, data),
+        (0, vector::GP, 0),
+    ];
     for (selector, number, error_code) in targets {
         let pointer = [0x1000_u32, selector];
         let result = attempt!(=> "jmp fword ptr [{p}]" =>; p = in(reg) &raw const pointer);
@@ -86,7 +90,12 @@ fn task_state(checks: &mut Checks) {
         tables::load_task(43);
         tables::set_gate(0x61, 0x61, 0, tables::GateStack::Ist7);
         let result = attempt!("int 0x61");
-        checks.faults("an interrupt stack beyond the TSS", vector::TS, u32::from(TSS), result);
+        checks.faults(
+            "an interrupt stack beyond the TSS",
+            vector::TS,
+            u32::from(TSS),
+            result,
+        );
         tables::restore_gate(0x61);
         tables::load_task(103);
     }
@@ -102,12 +111,20 @@ fn control_registers(boot: &BootInfo, checks: &mut Checks) {
     }
     for bit in [cr0::MP, cr0::NE, cr0::WP, cr0::AM, cr0::TS] {
         cpu::write_cr0(zero ^ bit);
-        checks.equal(format_args!("CR0 with bit {bit:#x} changed"), zero ^ bit, cpu::read_cr0());
+        checks.equal(
+            format_args!("CR0 with bit {bit:#x} changed"),
+            zero ^ bit,
+            cpu::read_cr0(),
+        );
         cpu::write_cr0(zero);
     }
     for bit in [cr4::TSD, cr4::DE] {
         cpu::write_cr4(four ^ bit);
-        checks.equal(format_args!("CR4 with bit {bit:#x} changed"), four ^ bit, cpu::read_cr4());
+        checks.equal(
+            format_args!("CR4 with bit {bit:#x} changed"),
+            four ^ bit,
+            cpu::read_cr4(),
+        );
         cpu::write_cr4(four);
     }
     cpu::set_cr0(cr0::TS);
@@ -159,8 +176,12 @@ fn device_not_available(checks: &mut Checks) {
 #[cfg(target_arch = "x86")]
 fn limits(boot: &BootInfo, checks: &mut Checks) {
     // 4 KiB, writable; 4 KiB, read-only; code that cannot be read; 16 MiB.
-    let descriptors =
-        [0x0040_9300_0000_0fff, 0x0040_9100_0000_0fff, 0x00cf_9900_0000_ffff, 0x00c0_9300_0000_0fff];
+    let descriptors = [
+        0x0040_9300_0000_0fff,
+        0x0040_9100_0000_0fff,
+        0x00cf_9900_0000_ffff,
+        0x00c0_9300_0000_0fff,
+    ];
     let execute_only = FREE_SLOT + 16;
     for (index, descriptor) in descriptors.into_iter().enumerate() {
         tables::set_descriptor(FREE_SLOT + index as u16 * 8, descriptor);
@@ -176,13 +197,26 @@ fn limits(boot: &BootInfo, checks: &mut Checks) {
     checks.succeeds("a load at the limit", read(FREE_SLOT, 0xfff));
     let above = read(FREE_SLOT, 0x1000);
     if above.is_ok() && !boot.is_strict() {
-        return checks.skip("#GP and #SS of limits and types", "this processor does not check them");
+        return checks.skip(
+            "#GP and #SS of limits and types",
+            "this processor does not check them",
+        );
     }
     checks.faults("a load above the limit", vector::GP, 0, above);
     checks.succeeds("a store at the limit", write(FREE_SLOT, 0xfff));
-    checks.faults("a store to read-only data", vector::GP, 0, write(FREE_SLOT + 8, 0xf00));
+    checks.faults(
+        "a store to read-only data",
+        vector::GP,
+        0,
+        write(FREE_SLOT + 8, 0xf00),
+    );
     let result = attempt!(=> "mov es, eax" =>; in("eax") u32::from(execute_only));
-    checks.faults("ES with execute-only code", vector::GP, u32::from(execute_only), result);
+    checks.faults(
+        "ES with execute-only code",
+        vector::GP,
+        u32::from(execute_only),
+        result,
+    );
     checks.faults("a load with a null selector", vector::GP, 0, read(0, 0));
     checks.ok("#GP of limits and types");
     let result = attempt!("mov ss, eax" => "mov al, ss:[0x1800000]" => "mov ss, ecx";
@@ -223,7 +257,12 @@ fn page_fault(checks: &mut Checks) {
         checks.equal("CR2", address + number, trap.cr2);
     }
     let target = VirtAddr(0x2345_6789_a000);
-    let trap = checks.raises("a jump to nowhere", vector::PF, 0, crate::paging::call(target));
+    let trap = checks.raises(
+        "a jump to nowhere",
+        vector::PF,
+        0,
+        crate::paging::call(target),
+    );
     checks.equal("its instruction pointer", target.0, trap.ip);
     tables::break_gate(vector::PF);
     let result = attempt!(=> "mov al, [{p}]" =>; p = in(reg) target.0, out("rax") _);

@@ -20,7 +20,10 @@ impl Page {
     #[cfg(target_arch = "x86")]
     fn new() -> Self {
         let frame = take_frame();
-        Self { frame, address: frame.identity() }
+        Self {
+            frame,
+            address: frame.identity(),
+        }
     }
 
     #[cfg(target_arch = "x86_64")]
@@ -63,8 +66,17 @@ fn privileged(checks: &mut Checks, page: &Page) {
     ];
     for (name, code) in instructions {
         let trap = page.run(code);
-        checks.raises(format_args!("{name} in ring 3"), vector::GP, 0, Err::<(), _>(trap));
-        checks.equal(format_args!("{name}: instruction pointer"), page.address.0, trap.ip);
+        checks.raises(
+            format_args!("{name} in ring 3"),
+            vector::GP,
+            0,
+            Err::<(), _>(trap),
+        );
+        checks.equal(
+            format_args!("{name}: instruction pointer"),
+            page.address.0,
+            trap.ip,
+        );
         checks.equal(format_args!("{name}: CS"), usize::from(USER_CODE), trap.cs);
     }
     checks.ok("privileged instructions in ring 3");
@@ -83,9 +95,19 @@ fn exceptions(boot: &BootInfo, checks: &mut Checks, page: &Page) {
         checks.equal("INT 0x80", vector::DONE, trap.vector);
         checks.equal("behind it", page.address.0 + 2, trap.ip);
         let trap = tidy(boot, 0x60, page.run(&[0xcd, 0x60]));
-        checks.raises("INT of ring 0's gate", vector::GP, gate_error(0x60), Err::<(), _>(trap));
+        checks.raises(
+            "INT of ring 0's gate",
+            vector::GP,
+            gate_error(0x60),
+            Err::<(), _>(trap),
+        );
         let trap = tidy(boot, vector::BP, page.run(&[0xcc]));
-        checks.raises("INT3 of ring 0's gate", vector::GP, gate_error(3), Err::<(), _>(trap));
+        checks.raises(
+            "INT3 of ring 0's gate",
+            vector::GP,
+            gate_error(3),
+            Err::<(), _>(trap),
+        );
         tables::set_gate(vector::BP, vector::BP, 3, GateStack::Ordinary);
         let trap = page.run(&[0xcc]);
         checks.raises("INT3", vector::BP, 0, Err::<(), _>(trap));
@@ -116,7 +138,11 @@ fn alignment(boot: &BootInfo, checks: &mut Checks, page: &Page) {
     };
     cpu::set_cr0(cr0::AM);
     let trap = load(0, flags::AC);
-    checks.equal("an aligned load", (vector::DONE, 0x1234_5678), (trap.vector, trap.ax as u32));
+    checks.equal(
+        "an aligned load",
+        (vector::DONE, 0x1234_5678),
+        (trap.vector, trap.ax as u32),
+    );
     let trap = load(1, 0);
     checks.equal("an unaligned load without AC", vector::DONE, trap.vector);
     let trap = load(1, flags::AC);
@@ -126,7 +152,11 @@ fn alignment(boot: &BootInfo, checks: &mut Checks, page: &Page) {
         checks.raises("an unaligned load", vector::AC, 0, Err::<(), _>(trap));
         cpu::clear_cr0(cr0::AM);
         let trap = load(1, flags::AC);
-        checks.equal("an unaligned load without CR0.AM", vector::DONE, trap.vector);
+        checks.equal(
+            "an unaligned load without CR0.AM",
+            vector::DONE,
+            trap.vector,
+        );
         checks.ok("#AC");
     }
     cpu::clear_cr0(cr0::AM);

@@ -78,8 +78,18 @@ fn undefined(checks: &mut Checks) {
     #[cfg(target_arch = "x86_64")]
     {
         checks.faults("INTO in 64-bit mode", vector::UD, 0, attempt!(".byte 0xce"));
-        checks.faults("PUSH ES in 64-bit mode", vector::UD, 0, attempt!(".byte 0x06"));
-        checks.faults("PUSHA in 64-bit mode", vector::UD, 0, attempt!(".byte 0x60"));
+        checks.faults(
+            "PUSH ES in 64-bit mode",
+            vector::UD,
+            0,
+            attempt!(".byte 0x06"),
+        );
+        checks.faults(
+            "PUSHA in 64-bit mode",
+            vector::UD,
+            0,
+            attempt!(".byte 0x60"),
+        );
     }
     checks.ok("#UD");
 }
@@ -90,7 +100,14 @@ fn software_interrupts(checks: &mut Checks) {
         checks.traps("INT 0xff", 0xff, attempt!("int 0xff"));
     }
     // INT n pushes no error code, whatever the vector.
-    for number in [vector::DF, vector::TS, vector::NP, vector::SS, vector::GP, vector::PF] {
+    for number in [
+        vector::DF,
+        vector::TS,
+        vector::NP,
+        vector::SS,
+        vector::GP,
+        vector::PF,
+    ] {
         tables::set_gate(number, SPARE, 0, GateStack::Ordinary);
     }
     for result in [
@@ -117,14 +134,22 @@ fn software_interrupts(checks: &mut Checks) {
 fn broken_gates(boot: &BootInfo, checks: &mut Checks) {
     let whole = tables::idt_pointer();
     let up_to_0x50 = (usize::from(whole.limit) + 1) / 256 * 0x50 - 1;
-    tables::load_idt(TablePointer { limit: up_to_0x50 as u16, base: whole.base });
+    tables::load_idt(TablePointer {
+        limit: up_to_0x50 as u16,
+        base: whole.base,
+    });
     let result = attempt!("int 0x60");
     tables::load_idt(whole);
     let result = result.map_err(|trap| tidy(boot, SPARE, trap));
     checks.faults("INT beyond the IDT", vector::GP, gate_error(SPARE), result);
     tables::break_gate(SPARE);
     let result = attempt!("int 0x60").map_err(|trap| tidy(boot, SPARE, trap));
-    checks.faults("INT through a gate not present", vector::NP, gate_error(SPARE), result);
+    checks.faults(
+        "INT through a gate not present",
+        vector::NP,
+        gate_error(SPARE),
+        result,
+    );
     tables::restore_gate(SPARE);
     tables::break_gate(vector::UD);
     let result = attempt!("ud2").map_err(|mut trap| {
@@ -132,7 +157,12 @@ fn broken_gates(boot: &BootInfo, checks: &mut Checks) {
         trap.error_code |= if boot.is_strict() { 0 } else { EXTERNAL };
         trap
     });
-    checks.faults("#UD through a gate not present", vector::NP, gate_error(vector::UD) | EXTERNAL, result);
+    checks.faults(
+        "#UD through a gate not present",
+        vector::NP,
+        gate_error(vector::UD) | EXTERNAL,
+        result,
+    );
     tables::restore_gate(vector::UD);
     checks.ok("#NP and #GP of gates");
     for _ in 0..2 {

@@ -52,7 +52,10 @@ fn partial_stores(suite: &mut Suite<'_>) {
     poke(entry, first.0 as u32 | u32::from(flags));
     invlpg(page);
     suite.reads("a dword store", 1, page);
-    poke(PhysAddr(entry.0 - 2), (second.0 as u32 | u32::from(flags)) << 16);
+    poke(
+        PhysAddr(entry.0 - 2),
+        (second.0 as u32 | u32::from(flags)) << 16,
+    );
     invlpg(page);
     suite.reads("a dword store across two entries", 2, page);
     // It cleared the high half of the neighbour below, which is not used.
@@ -90,7 +93,9 @@ fn locked_stores(suite: &mut Suite<'_>) {
         found
     });
     let exchanged = suite.checks.succeeds("LOCK CMPXCHG", exchanged);
-    suite.checks.equal("LOCK CMPXCHG found the entry", old, exchanged);
+    suite
+        .checks
+        .equal("LOCK CMPXCHG found the entry", old, exchanged);
     invlpg(page);
     suite.reads("after LOCK CMPXCHG", 2, page);
     let exchanged = catch(|| {
@@ -103,7 +108,11 @@ fn locked_stores(suite: &mut Suite<'_>) {
         value
     });
     let exchanged = suite.checks.succeeds("XCHG", exchanged);
-    suite.checks.equal("XCHG found what was stored, with A", new | bits::A as u32, exchanged);
+    suite.checks.equal(
+        "XCHG found what was stored, with A",
+        new | bits::A as u32,
+        exchanged,
+    );
     invlpg(page);
     suite.reads("after XCHG", 1, page);
     // SAFETY: as above.
@@ -112,7 +121,11 @@ fn locked_stores(suite: &mut Suite<'_>) {
     });
     suite.checks.succeeds("LOCK BTR", result);
     invlpg(page);
-    suite.write_faults("after LOCK BTR of W", error::PROTECTION | error::WRITE, page);
+    suite.write_faults(
+        "after LOCK BTR of W",
+        error::PROTECTION | error::WRITE,
+        page,
+    );
     // SAFETY: as above.
     let result = catch(|| unsafe {
         core::arch::asm!("lock or dword ptr [{}], 2", in(reg) entry.0, options(nostack));
@@ -135,7 +148,9 @@ fn table_as_data(suite: &mut Suite<'_>) {
         invlpg(alias);
         let got = memory::read::<u32>(alias.plus(offset));
         let got = suite.checks.succeeds("the entry through an alias", got);
-        suite.checks.equal("it", suite.space.get(page, 1) as u32, got);
+        suite
+            .checks
+            .equal("it", suite.space.get(page, 1) as u32, got);
         for (frame, value) in [(second, 2), (first, 1), (second, 2)] {
             let low = frame.0 as u32 | bits::PWU as u32;
             suite.writes("ring 0's store to the entry", alias.plus(offset), low);
@@ -143,7 +158,9 @@ fn table_as_data(suite: &mut Suite<'_>) {
             suite.reads("after ring 0's store", value, page);
             let got = memory::read::<u32>(alias.plus(offset));
             let got = suite.checks.succeeds("the entry through the alias", got);
-            suite.checks.equal("its A", bits::A as u32, got & bits::A as u32);
+            suite
+                .checks
+                .equal("its A", bits::A as u32, got & bits::A as u32);
         }
         let low = first.0 as u32 | bits::PWU as u32;
         suite.user_writes("ring 3's store to the entry", alias.plus(offset), low);
@@ -178,7 +195,11 @@ fn shared_table(suite: &mut Suite<'_>) {
     // The two roots give one table different permissions.
     other.change(page, 2, bits::W, 0);
     other.enter();
-    suite.write_faults("the space that narrows", error::PROTECTION | error::WRITE, page);
+    suite.write_faults(
+        "the space that narrows",
+        error::PROTECTION | error::WRITE,
+        page,
+    );
     home.enter();
     suite.writes("the space that does not", page, 2);
     other.set(page, 2, 0);
@@ -222,18 +243,30 @@ fn recursive(suite: &mut Suite<'_>) {
     let page_number = (page.0 as u64 & 0xffff_ffff_ffff) / PAGE;
     let entry = VirtAddr(base + (page_number * mode.entry_bytes()) as usize);
     for (frame, value) in [(second, 2), (first, 1), (second, 2), (first, 1)] {
-        suite.writes("a store through the self-map", entry, frame.0 as u32 | bits::PWU as u32);
+        suite.writes(
+            "a store through the self-map",
+            entry,
+            frame.0 as u32 | bits::PWU as u32,
+        );
         invlpg(page);
         suite.reads("after it", value, page);
         let got = memory::read::<u32>(entry);
         let got = suite.checks.succeeds("the entry through the self-map", got);
-        suite.checks.equal("it, with A", space.get(page, 1) as u32, got);
-        suite.checks.equal("its A", bits::A as u32, got & bits::A as u32);
+        suite
+            .checks
+            .equal("it, with A", space.get(page, 1) as u32, got);
+        suite
+            .checks
+            .equal("its A", bits::A as u32, got & bits::A as u32);
     }
-    suite.checks.succeeds("P = 0 through the self-map", memory::write(entry, 0_u8));
+    suite
+        .checks
+        .succeeds("P = 0 through the self-map", memory::write(entry, 0_u8));
     invlpg(page);
     suite.read_faults("after it", 0, page);
-    suite.checks.succeeds("P = 1", memory::write(entry, bits::PWU as u8));
+    suite
+        .checks
+        .succeeds("P = 1", memory::write(entry, bits::PWU as u8));
     suite.reads("after it", 1, page);
     poke_entry(mode, own, 0);
     cpu::reload_root();
@@ -244,7 +277,7 @@ fn recursive(suite: &mut Suite<'_>) {
 }
 
 const fn canonical(address: u64) -> usize {
-    ((address << 16) as i64 >> 16) as usize
+    ((address << 16).cast_signed() >> 16).cast_unsigned() as usize
 }
 
 fn table_becomes_data(suite: &mut Suite<'_>) {
@@ -288,7 +321,11 @@ fn replaced_tables(suite: &mut Suite<'_>) {
             poke(table.plus(offset), 0_u32);
         }
         suite.space.set(page, 2, table.0 | bits::PWU);
-        poke_entry(mode, table.plus(mode.index(page, 1) * mode.entry_bytes()), frame.0 | bits::P);
+        poke_entry(
+            mode,
+            table.plus(mode.index(page, 1) * mode.entry_bytes()),
+            frame.0 | bits::P,
+        );
         cpu::reload_root();
         suite.reads("through a table used again", (round % 4) as u32, page);
         suite.write_faults("its read-only page", error::PROTECTION | error::WRITE, page);

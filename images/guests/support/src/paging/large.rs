@@ -20,7 +20,10 @@ pub fn run(suite: &mut Suite<'_>) {
 }
 
 fn window(suite: &Suite<'_>, index: u64) -> VirtAddr {
-    suite.mode.window().plus((suite.mode.span(2) * (16 + index)) as usize)
+    suite
+        .mode
+        .window()
+        .plus((suite.mode.span(2) * (16 + index)) as usize)
 }
 
 fn directory_level(suite: &mut Suite<'_>) {
@@ -30,24 +33,51 @@ fn directory_level(suite: &mut Suite<'_>) {
     suite.space.map(start, 2, memory, bits::PWU);
     invlpg(start);
     suite.reads("a large page", 0, start);
-    suite.checks.equal("A, no D", bits::A, suite.space.get(start, 2) & (bits::A | bits::D));
+    suite.checks.equal(
+        "A, no D",
+        bits::A,
+        suite.space.get(start, 2) & (bits::A | bits::D),
+    );
     suite.writes("its last dword", last, 5);
-    suite.checks.equal("D", bits::D, suite.space.get(start, 2) & bits::D);
-    suite.checks.equal("the memory behind it", 5, peek::<u32>(memory.plus(span - 4)));
+    suite
+        .checks
+        .equal("D", bits::D, suite.space.get(start, 2) & bits::D);
+    suite.checks.equal(
+        "the memory behind it",
+        5,
+        peek::<u32>(memory.plus(span - 4)),
+    );
     suite.user_reads("ring 3's load", 5, last);
     for offset in (0..span).step_by(0x8000) {
         suite.writes("a store", start.plus(offset as usize), offset as u32);
-        suite.checks.equal("behind it", offset as u32, peek::<u32>(memory.plus(offset)));
+        suite
+            .checks
+            .equal("behind it", offset as u32, peek::<u32>(memory.plus(offset)));
     }
     let alias = suite.page(40);
-    suite.space.map(alias, 1, memory.plus(span - PAGE), bits::PWU);
-    suite.writes("a store through a small alias", alias.plus(PAGE as usize - 4), 6);
+    suite
+        .space
+        .map(alias, 1, memory.plus(span - PAGE), bits::PWU);
+    suite.writes(
+        "a store through a small alias",
+        alias.plus(PAGE as usize - 4),
+        6,
+    );
     suite.reads("a load through the large page", 6, last);
     suite.change(start, 2, bits::W, 0);
-    suite.write_faults("a read-only large page", error::PROTECTION | error::WRITE, last);
+    suite.write_faults(
+        "a read-only large page",
+        error::PROTECTION | error::WRITE,
+        last,
+    );
     suite.reads("a load", 6, last);
     suite.change(start, 2, bits::U, bits::W);
-    suite.user_faults("a large page of ring 0", Program::Read, error::PROTECTION, last);
+    suite.user_faults(
+        "a large page of ring 0",
+        Program::Read,
+        error::PROTECTION,
+        last,
+    );
     suite.change(start, 2, bits::P, 0);
     suite.read_faults("a large page not present", 0, last);
     if suite.mode.has_nx() {
@@ -60,7 +90,9 @@ fn directory_level(suite: &mut Suite<'_>) {
     }
     suite.space.set(start, 2, 0);
     invlpg(start);
-    suite.checks.ok("large pages: loads, stores, A, D, permissions");
+    suite
+        .checks
+        .ok("large pages: loads, stores, A, D, permissions");
 }
 
 fn split_and_merge(suite: &mut Suite<'_>) {
@@ -90,7 +122,11 @@ fn split_and_merge(suite: &mut Suite<'_>) {
         }
         suite.change(start.plus(PAGE as usize), 1, bits::W, 0);
         let page = start.plus(PAGE as usize);
-        suite.write_faults("a small page of its own", error::PROTECTION | error::WRITE, page);
+        suite.write_faults(
+            "a small page of its own",
+            error::PROTECTION | error::WRITE,
+            page,
+        );
         suite.change(page, 1, 0, bits::W);
     }
     suite.space.set(start, 2, 0);
@@ -102,7 +138,11 @@ fn reserved_bits(suite: &mut Suite<'_>) {
     let span = suite.mode.span(2);
     let start = window(suite, 2);
     // SDM vol. 3, 4.3 and 4.4: bit 21 of a 4 MiB page, bits 20 to 13 of a 2 MiB page.
-    let reserved: &[u64] = if suite.mode.is_legacy() { &[1 << 21] } else { &[1 << 13, 1 << 20] };
+    let reserved: &[u64] = if suite.mode.is_legacy() {
+        &[1 << 21]
+    } else {
+        &[1 << 13, 1 << 20]
+    };
     suite.space.map(start, 2, PhysAddr(span * 2), bits::PWU);
     invlpg(start);
     for bit in reserved {
@@ -136,14 +176,28 @@ fn gibibyte(suite: &mut Suite<'_>) {
     invlpg(start);
     poke(frame, 0x61_u32);
     suite.reads("a 1 GiB page", 0x61, inside);
-    suite.checks.equal("A, no D", bits::A, suite.space.get(start, 3) & (bits::A | bits::D));
+    suite.checks.equal(
+        "A, no D",
+        bits::A,
+        suite.space.get(start, 3) & (bits::A | bits::D),
+    );
     suite.writes("a store to it", inside, 0x62);
-    suite.checks.equal("D", bits::D, suite.space.get(start, 3) & bits::D);
+    suite
+        .checks
+        .equal("D", bits::D, suite.space.get(start, 3) & bits::D);
     suite.checks.equal("behind it", 0x62, peek::<u32>(frame));
     suite.change(start, 3, bits::W, 0);
-    suite.write_faults("a read-only 1 GiB page", error::PROTECTION | error::WRITE, inside);
+    suite.write_faults(
+        "a read-only 1 GiB page",
+        error::PROTECTION | error::WRITE,
+        inside,
+    );
     suite.change(start, 3, 0, 1 << 13);
-    suite.read_faults("its reserved bits", error::PROTECTION | error::RESERVED, inside);
+    suite.read_faults(
+        "its reserved bits",
+        error::PROTECTION | error::RESERVED,
+        inside,
+    );
     suite.space.set(start, 3, 0);
     invlpg(start);
     suite.read_faults("it removed", 0, inside);

@@ -13,9 +13,9 @@ mod suite;
 
 use crate::boot::BootInfo;
 use crate::check::Checks;
+pub use random::Numbers;
 use space::Space;
 use suite::Suite;
-pub use random::Numbers;
 pub use suite::{call, error};
 
 /// Runs all checks of one mode. Paging must be on with `space`.

@@ -21,7 +21,7 @@ impl Numbers {
     }
 
     /// The next number.
-    pub fn next(&mut self) -> u32 {
+    pub fn draw(&mut self) -> u32 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 17;
         self.0 ^= self.0 << 5;
@@ -30,7 +30,7 @@ impl Numbers {
 
     /// A number below `end`.
     pub fn below(&mut self, end: usize) -> usize {
-        self.next() as usize % end
+        self.draw() as usize % end
     }
 }
 
@@ -74,7 +74,9 @@ pub fn run(suite: &mut Suite<'_>) {
     }
     cpu::set_cr0(cr0::WP);
     suite.space.enter();
-    suite.checks.ok("random operations on two address spaces agree with the tables");
+    suite
+        .checks
+        .ok("random operations on two address spaces agree with the tables");
 }
 
 impl World {
@@ -107,11 +109,15 @@ impl World {
             }
             6 => {
                 self.write_protect = !self.write_protect;
-                if self.write_protect { cpu::set_cr0(cr0::WP) } else { cpu::clear_cr0(cr0::WP) }
+                if self.write_protect {
+                    cpu::set_cr0(cr0::WP);
+                } else {
+                    cpu::clear_cr0(cr0::WP);
+                }
             }
             7 => {
                 let frame = numbers.below(FRAMES);
-                self.contents[frame] = numbers.next();
+                self.contents[frame] = numbers.draw();
                 poke(self.frames[frame], self.contents[frame]);
             }
             access => self.access(suite, page, access, step),
@@ -134,7 +140,9 @@ impl World {
             Err(code) => {
                 suite.faults(what, code, page, got);
                 let after = Self::walk(space, page).leaf;
-                suite.checks.equal("D after a fault", before.leaf & bits::D, after & bits::D);
+                suite
+                    .checks
+                    .equal("D after a fault", before.leaf & bits::D, after & bits::D);
             }
             Ok(frame) => {
                 let value = suite.checks.succeeds(what, got);
@@ -145,8 +153,14 @@ impl World {
                 }
                 let entries = Self::walk(space, page);
                 let (leaf, upper) = (entries.leaf, entries.upper);
-                let dirty = if write { bits::D } else { before.leaf & bits::D };
-                suite.checks.equal("A of both levels", bits::A, leaf & upper & bits::A);
+                let dirty = if write {
+                    bits::D
+                } else {
+                    before.leaf & bits::D
+                };
+                suite
+                    .checks
+                    .equal("A of both levels", bits::A, leaf & upper & bits::A);
                 suite.checks.equal("D", dirty, leaf & bits::D);
             }
         }
@@ -154,7 +168,10 @@ impl World {
 
     fn walk(space: Space, page: VirtAddr) -> Entries {
         let upper = peek_entry(space.mode, space.entry(page, 2));
-        Entries { upper, leaf: peek_entry(space.mode, leaf_entry(space, page)) }
+        Entries {
+            upper,
+            leaf: peek_entry(space.mode, leaf_entry(space, page)),
+        }
     }
 
     /// The frame's index, or the fault's error code.
@@ -170,7 +187,10 @@ impl World {
             return Err(code);
         }
         let frame = entries.leaf & 0xffff_f000;
-        self.frames.iter().position(|known| known.0 == frame).ok_or(u32::from(vector::PF))
+        self.frames
+            .iter()
+            .position(|known| known.0 == frame)
+            .ok_or(u32::from(vector::PF))
     }
 }
 

@@ -25,19 +25,41 @@ fn user_mode(suite: &mut Suite<'_>) {
     suite.user_reads("a load from a user page", 0x77, page);
     suite.reads("ring 0's load from it", 0x77, page);
     let entry = suite.space.get(page, 1);
-    suite.checks.equal("A and D", bits::A | bits::D, entry & (bits::A | bits::D));
+    suite
+        .checks
+        .equal("A and D", bits::A | bits::D, entry & (bits::A | bits::D));
     suite.change(page, 1, bits::W, 0);
     suite.user_reads("a load from a read-only user page", 0x77, page);
-    suite.user_faults("a store to a read-only user page", Program::Write, PROTECTION | WRITE, page);
+    suite.user_faults(
+        "a store to a read-only user page",
+        Program::Write,
+        PROTECTION | WRITE,
+        page,
+    );
     cpu::clear_cr0(cr0::WP);
-    suite.user_faults("the same with WP = 0", Program::Write, PROTECTION | WRITE, page);
+    suite.user_faults(
+        "the same with WP = 0",
+        Program::Write,
+        PROTECTION | WRITE,
+        page,
+    );
     suite.writes("ring 0's store with WP = 0", page, 0x78);
     suite.user_reads("ring 3 sees it", 0x78, page);
-    suite.user_faults("ring 3 still may not", Program::Write, PROTECTION | WRITE, page);
+    suite.user_faults(
+        "ring 3 still may not",
+        Program::Write,
+        PROTECTION | WRITE,
+        page,
+    );
     cpu::set_cr0(cr0::WP);
     suite.change(page, 1, bits::U, bits::W);
     suite.user_faults("a load from a ring 0 page", Program::Read, PROTECTION, page);
-    suite.user_faults("a store to a ring 0 page", Program::Write, PROTECTION | WRITE, page);
+    suite.user_faults(
+        "a store to a ring 0 page",
+        Program::Write,
+        PROTECTION | WRITE,
+        page,
+    );
     suite.writes("ring 0's store to it", page, 1);
     let (code, _) = suite.fresh_code(21, bits::P | bits::U);
     suite.user_runs("code in a user page", code);
@@ -77,19 +99,29 @@ fn execute_disable(suite: &mut Suite<'_>) {
         suite.change(code, level, 0, bits::NX);
         suite.fetch_faults(format_args!("a call, level {level} NX"), PROTECTION, code);
         suite.user_fetch_faults(format_args!("ring 3, level {level} NX"), PROTECTION, code);
-        suite.checks.succeeds("a load from it", memory::read::<u8>(code));
+        suite
+            .checks
+            .succeeds("a load from it", memory::read::<u8>(code));
         suite.change(code, level, bits::NX, 0);
         suite.user_runs(format_args!("ring 3, level {level} executable again"), code);
     }
     suite.change(code, 1, 0, bits::NX);
     let enabled = cpu::rdmsr(msr::EFER);
     cpu::wrmsr(msr::EFER, enabled & !efer::NXE);
-    suite.checks.equal("EFER.NXE", 0, cpu::rdmsr(msr::EFER) & efer::NXE);
+    suite
+        .checks
+        .equal("EFER.NXE", 0, cpu::rdmsr(msr::EFER) & efer::NXE);
     cpu::reload_root();
-    suite.read_faults("a load, NXE = 0: NX is reserved", PROTECTION | error::RESERVED, code);
+    suite.read_faults(
+        "a load, NXE = 0: NX is reserved",
+        PROTECTION | error::RESERVED,
+        code,
+    );
     cpu::wrmsr(msr::EFER, enabled);
     cpu::reload_root();
-    suite.checks.succeeds("a load, NXE = 1 again", memory::read::<u8>(code));
+    suite
+        .checks
+        .succeeds("a load, NXE = 1 again", memory::read::<u8>(code));
     suite.fetch_faults("a call, NXE = 1 again", PROTECTION, code);
     suite.checks.ok(what);
 }
@@ -105,7 +137,9 @@ fn supervisor_execution_prevention(suite: &mut Suite<'_>) {
         cpu::set_cr4(cr4::SMEP);
         suite.fetch_faults("a call, SMEP = 1", PROTECTION, code);
         suite.user_runs("ring 3's jump, SMEP = 1", code);
-        suite.checks.succeeds("a load, SMEP = 1", memory::read::<u8>(code));
+        suite
+            .checks
+            .succeeds("a load, SMEP = 1", memory::read::<u8>(code));
         suite.change(code, 1, bits::U, 0);
         suite.runs("a call to a ring 0 page, SMEP = 1", code);
         suite.change(code, 1, bits::P, 0);
@@ -164,9 +198,18 @@ fn reserved_bits(suite: &mut Suite<'_>) {
     let code = PROTECTION | error::RESERVED;
     let reserve = |suite: &mut Suite<'_>, level: u32, bit: u64| {
         suite.change(page, level, 0, bit);
-        suite.read_faults(format_args!("a load, bit {bit:#x} of level {level}"), code, page);
+        suite.read_faults(
+            format_args!("a load, bit {bit:#x} of level {level}"),
+            code,
+            page,
+        );
         suite.write_faults(format_args!("a store, bit {bit:#x}"), code | WRITE, page);
-        suite.user_faults(format_args!("ring 3, bit {bit:#x}"), Program::Read, code, page);
+        suite.user_faults(
+            format_args!("ring 3, bit {bit:#x}"),
+            Program::Read,
+            code,
+            page,
+        );
         suite.change(page, level, bits::P, 0);
         suite.read_faults("not present comes before reserved", 0, page);
         suite.change(page, level, bit, bits::P);

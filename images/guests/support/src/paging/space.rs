@@ -79,7 +79,7 @@ impl Mode {
 
     /// Index of `address` in its table at `level`.
     pub const fn index(self, address: VirtAddr, level: u32) -> u64 {
-        address.0 as u64 / self.span(level) & ((1 << self.index_bits()) - 1)
+        (address.0 as u64 / self.span(level)) & ((1 << self.index_bits()) - 1)
     }
 
     /// Whether an entry at `level` can map a page of its own.
@@ -98,7 +98,11 @@ impl Mode {
 
     /// Bits of an entry that hold an address.
     pub const fn address_mask(self) -> u64 {
-        if self.is_legacy() { 0xffff_f000 } else { 0x000f_ffff_ffff_f000 }
+        if self.is_legacy() {
+            0xffff_f000
+        } else {
+            0x000f_ffff_ffff_f000
+        }
     }
 
     /// Where checks map their pages: alone below its entry at the highest level.
@@ -114,6 +118,10 @@ impl Mode {
 static NEXT_FREE: Global<u64> = Global::new(FREE_START);
 
 /// Takes `bytes` of zeroed RAM, aligned to `alignment`.
+///
+/// # Panics
+///
+/// When free RAM is used up, which is a bug of the guest.
 pub fn take(bytes: u64, alignment: u64) -> PhysAddr {
     let start = NEXT_FREE.get().next_multiple_of(alignment);
     assert!(start + bytes <= FREE_END, "out of free RAM");
@@ -144,7 +152,10 @@ pub struct Space {
 impl Space {
     /// A space that identity-maps the guest's RAM for ring 0, with the largest pages there are.
     pub fn new(mode: Mode) -> Self {
-        let space = Self { mode, root: take_frame() };
+        let space = Self {
+            mode,
+            root: take_frame(),
+        };
         if mode == Mode::Pae {
             // The processor loads these four with CR3, so all of them exist from the start.
             for index in 0..4 {
@@ -168,6 +179,10 @@ impl Space {
 
     /// Physical address of the entry for `address` at `level`, creating tables above it with all
     /// permissions.
+    ///
+    /// # Panics
+    ///
+    /// When a large page is in the way, which is a bug of the guest.
     pub fn entry(self, address: VirtAddr, level: u32) -> PhysAddr {
         let mut table = self.root;
         let mut at = self.mode.levels();
@@ -182,7 +197,10 @@ impl Space {
                 poke_entry(self.mode, entry, new.0 | bits::PWU);
                 new
             } else {
-                assert!(at > 2 || value & bits::PS == 0 || !self.mode.has_large(2), "large page");
+                assert!(
+                    at > 2 || value & bits::PS == 0 || !self.mode.has_large(2),
+                    "large page"
+                );
                 PhysAddr(value & self.mode.address_mask())
             };
             at -= 1;
@@ -214,7 +232,11 @@ impl Space {
 /// Reads an entry.
 pub fn peek_entry(mode: Mode, entry: PhysAddr) -> u64 {
     let low = u64::from(peek::<u32>(entry));
-    if mode.is_legacy() { low } else { low | u64::from(peek::<u32>(entry.plus(4))) << 32 }
+    if mode.is_legacy() {
+        low
+    } else {
+        low | u64::from(peek::<u32>(entry.plus(4))) << 32
+    }
 }
 
 /// Writes an entry: at once where one store does it, else the half with the present bit last.

@@ -80,7 +80,10 @@ impl<'a> Suite<'a> {
         let (page, frame) = self.fresh(index, flags);
         let [a, b, c, d] = CODE_RESULT.to_le_bytes();
         copy_to(frame, &[0xb8, a, b, c, d, 0xc3]);
-        copy_to(frame.plus(USER_ENTRY as u64), &[0xb8, a, b, c, d, 0xcd, vector::DONE]);
+        copy_to(
+            frame.plus(USER_ENTRY as u64),
+            &[0xb8, a, b, c, d, 0xcd, vector::DONE],
+        );
         (page, frame)
     }
 
@@ -96,10 +99,13 @@ impl<'a> Suite<'a> {
 
     /// The instruction-fetch bit that a fault on a fetch reports now.
     pub fn fetch(&self) -> u32 {
-        let nx = !self.mode.is_legacy()
-            && self.mode.has_nx()
-            && cpu::rdmsr(msr::EFER) & efer::NXE != 0;
-        if nx || read_cr4() & cr4::SMEP != 0 { error::FETCH } else { 0 }
+        let nx =
+            !self.mode.is_legacy() && self.mode.has_nx() && cpu::rdmsr(msr::EFER) & efer::NXE != 0;
+        if nx || read_cr4() & cr4::SMEP != 0 {
+            error::FETCH
+        } else {
+            0
+        }
     }
 
     /// Checks that ring 0 loads `expected` from `address`.
@@ -139,14 +145,19 @@ impl<'a> Suite<'a> {
             trap.error_code |= error::PROTECTION;
         }
         let trap = self.checks.raises(&what, vector::PF, code, result);
-        self.checks.equal(format_args!("{what}: CR2"), address.0, trap.cr2);
+        self.checks
+            .equal(format_args!("{what}: CR2"), address.0, trap.cr2);
         trap
     }
 
     /// Runs one of ring 3's programs.
     pub fn user(&self, program: Program, address: VirtAddr, value: u32) -> Result<u32, Trap> {
         let trap = user::run(program.at(self.programs), [address.0, value as usize], 0);
-        if trap.vector == vector::DONE { Ok(trap.ax as u32) } else { Err(trap) }
+        if trap.vector == vector::DONE {
+            Ok(trap.ax as u32)
+        } else {
+            Err(trap)
+        }
     }
 
     /// Checks that ring 3 loads `expected` from `address`.
@@ -191,7 +202,8 @@ impl<'a> Suite<'a> {
     pub fn fetch_faults(&mut self, what: impl Display, code: u32, page: VirtAddr) {
         let code = code | self.fetch();
         let trap = self.faults(&what, code, page, call(page));
-        self.checks.equal(format_args!("{what}: instruction pointer"), page.0, trap.ip);
+        self.checks
+            .equal(format_args!("{what}: instruction pointer"), page.0, trap.ip);
     }
 
     /// Checks that ring 3's fetch from `page` faults with `code`; fetch and user bits are added.
@@ -202,6 +214,10 @@ impl<'a> Suite<'a> {
 }
 
 /// Calls the code at `address`.
+///
+/// # Errors
+///
+/// The exception that the call or the code raised.
 pub fn call(address: VirtAddr) -> Result<u32, Trap> {
     catch(|| {
         let result: u32;

@@ -76,12 +76,21 @@ fn system_call(boot: &BootInfo, checks: &mut Checks, user: &UserPage) {
     let disabled = rdmsr(msr::EFER) & !efer::SCE;
     wrmsr(msr::EFER, disabled);
     let trap = user.run(&SYSCALL);
-    checks.raises("SYSCALL without EFER.SCE", vector::UD, 0, Err::<(), _>(trap));
+    checks.raises(
+        "SYSCALL without EFER.SCE",
+        vector::UD,
+        0,
+        Err::<(), _>(trap),
+    );
     wrmsr(msr::EFER, disabled | efer::SCE);
     for _ in 0..3 {
         SEEN.set([0; 5]);
         let trap = user.run(&[STD, SYSCALL[0], SYSCALL[1]]);
-        checks.equal("SYSCALL and back", (vector::DONE, 0x5ca11), (trap.vector, trap.ax));
+        checks.equal(
+            "SYSCALL and back",
+            (vector::DONE, 0x5ca11),
+            (trap.vector, trap.ax),
+        );
         checks.equal("CS in ring 3", usize::from(USER_CODE_64), trap.cs);
         checks.equal("the instruction pointer", UserPage::ADDRESS.0 + 5, trap.ip);
         checks.equal("RFLAGS.DF is restored", direction, trap.flags & direction);
@@ -103,7 +112,12 @@ fn system_enter(boot: &BootInfo, checks: &mut Checks, user: &UserPage) {
     }
     keeps(checks, "SYSENTER_CS", msr::SYSENTER_CS, 0x1234);
     keeps(checks, "SYSENTER_ESP", msr::SYSENTER_ESP, 0x1234_5678_9abc);
-    keeps(checks, "SYSENTER_EIP", msr::SYSENTER_EIP, 0xffff_8765_4321_0000);
+    keeps(
+        checks,
+        "SYSENTER_EIP",
+        msr::SYSENTER_EIP,
+        0xffff_8765_4321_0000,
+    );
     checks.ok("SYSENTER MSRs");
     // lea rdx, [rip + 4]; xor ecx, ecx; sysenter.
     let enter = [0x48, 0x8d, 0x15, 4, 0, 0, 0, 0x31, 0xc9, 0x0f, 0x34];
@@ -119,7 +133,12 @@ fn system_enter(boot: &BootInfo, checks: &mut Checks, user: &UserPage) {
     }
     wrmsr(msr::SYSENTER_CS, 0);
     let trap = user.run(&enter);
-    checks.raises("SYSENTER with SYSENTER_CS = 0", vector::GP, 0, Err::<(), _>(trap));
+    checks.raises(
+        "SYSENTER with SYSENTER_CS = 0",
+        vector::GP,
+        0,
+        Err::<(), _>(trap),
+    );
     let stack = (&raw const guest_syscall_stack_end) as usize;
     wrmsr(msr::SYSENTER_CS, u64::from(KERNEL_CODE));
     wrmsr(msr::SYSENTER_ESP, stack as u64);
@@ -127,10 +146,14 @@ fn system_enter(boot: &BootInfo, checks: &mut Checks, user: &UserPage) {
     for _ in 0..3 {
         SEEN.set([0; 5]);
         let trap = user.run(&enter);
-        checks.equal("SYSENTER and back", (vector::DONE, 0x5e17e), (trap.vector, trap.ax));
+        checks.equal(
+            "SYSENTER and back",
+            (vector::DONE, 0x5e17e),
+            (trap.vector, trap.ax),
+        );
         checks.equal("the instruction pointer", UserPage::ADDRESS.0 + 13, trap.ip);
         // SYSEXIT to 64-bit code: SYSENTER_CS + 32, ring 3.
-        checks.equal("CS in ring 3", usize::from(KERNEL_CODE) + 32 | 3, trap.cs);
+        checks.equal("CS in ring 3", (usize::from(KERNEL_CODE) + 32) | 3, trap.cs);
         let [rsp, _, cs, ss, flags] = SEEN.get();
         checks.equal("RSP", stack, rsp);
         checks.equal("CS and SS in ring 0", (8, 0x10), (cs, ss));

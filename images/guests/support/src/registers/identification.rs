@@ -17,8 +17,16 @@ pub fn run(checks: &mut Checks) {
     );
     checks.equal("at least leaf 1", true, (1..0x100).contains(&basic.eax));
     checks.equal("extended leaves", EXTENDED, extended.eax & 0xffff_0000);
-    checks.equal("at least leaf 0x80000008", true, extended.eax >= EXTENDED + 8);
-    checks.equal("a vendor", true, vendor.as_flattened().iter().all(u8::is_ascii_graphic));
+    checks.equal(
+        "at least leaf 0x80000008",
+        true,
+        extended.eax >= EXTENDED + 8,
+    );
+    checks.equal(
+        "a vendor",
+        true,
+        vendor.as_flattened().iter().all(u8::is_ascii_graphic),
+    );
     if extended.ebx != 0 {
         let again = (extended.ebx, extended.ecx, extended.edx);
         checks.equal("the vendor again", (basic.ebx, basic.ecx, basic.edx), again);
@@ -28,8 +36,16 @@ pub fn run(checks: &mut Checks) {
     features(checks);
     stable(checks, basic.eax);
     let sizes = cpuid(EXTENDED + 8, 0).eax;
-    checks.equal("physical addresses", true, (32..=52).contains(&(sizes & 0xff)));
-    let linear = if cpuid(7, 0).ecx >> 16 & 1 != 0 && basic.eax >= 7 { 57 } else { 48 };
+    checks.equal(
+        "physical addresses",
+        true,
+        (32..=52).contains(&(sizes & 0xff)),
+    );
+    let linear = if cpuid(7, 0).ecx >> 16 & 1 != 0 && basic.eax >= 7 {
+        57
+    } else {
+        48
+    };
     checks.equal("linear addresses", linear, sizes >> 8 & 0xff);
     checks.ok("address sizes");
     if extended.eax >= EXTENDED + 4 {
@@ -40,7 +56,11 @@ pub fn run(checks: &mut Checks) {
         }
         let text = text.map(u32::to_le_bytes);
         let printable = |byte: &u8| *byte == 0 || *byte == b' ' || byte.is_ascii_graphic();
-        checks.equal("a printable brand", true, text.as_flattened().iter().all(printable));
+        checks.equal(
+            "a printable brand",
+            true,
+            text.as_flattened().iter().all(printable),
+        );
         checks.ok("brand");
     }
 }
@@ -64,7 +84,11 @@ fn features(checks: &mut Checks) {
         checks.equal("XSAVE, since there is AVX", true, has(Feature::Xsave));
     }
     if has(Feature::Xsave) {
-        checks.equal("leaf 0xd, since there is XSAVE", true, cpuid(0, 0).eax >= 0xd);
+        checks.equal(
+            "leaf 0xd, since there is XSAVE",
+            true,
+            cpuid(0, 0).eax >= 0xd,
+        );
         let state = cpuid(0xd, 0);
         checks.equal("x87 and SSE in XCR0", 3, state.eax & 3);
         checks.equal("room for x87 and SSE", true, state.ecx >= 576);

@@ -66,15 +66,28 @@ fn keeps(checks: &mut Checks, name: impl Display, number: u32, value: u64) {
 fn refuses(checks: &mut Checks, name: impl Display, number: u32, value: u64) {
     let before = rdmsr(number);
     let written = catch(|| wrmsr(number, value));
-    checks.raises(format_args!("WRMSR {name} = {value:#x}"), vector::GP, 0, written);
-    checks.equal(format_args!("{name} after the refusal"), before, rdmsr(number));
+    checks.raises(
+        format_args!("WRMSR {name} = {value:#x}"),
+        vector::GP,
+        0,
+        written,
+    );
+    checks.equal(
+        format_args!("{name} after the refusal"),
+        before,
+        rdmsr(number),
+    );
 }
 
 const NOT_CANONICAL: u64 = 0x8000_0000_0000;
 
 fn extended_features(boot: &BootInfo, checks: &mut Checks) {
     let value = rdmsr(msr::EFER);
-    checks.equal("EFER.LME and LMA", efer::LME | efer::LMA, value & (efer::LME | efer::LMA));
+    checks.equal(
+        "EFER.LME and LMA",
+        efer::LME | efer::LMA,
+        value & (efer::LME | efer::LMA),
+    );
     for bit in [efer::SCE, efer::NXE] {
         wrmsr(msr::EFER, value ^ bit);
         checks.equal("a changed EFER", value ^ bit, rdmsr(msr::EFER));
@@ -86,7 +99,12 @@ fn extended_features(boot: &BootInfo, checks: &mut Checks) {
         checks.skip("values that EFER refuses", LENIENT);
     } else {
         refuses(checks, "EFER without LME", msr::EFER, value & !efer::LME);
-        refuses(checks, "EFER with a reserved bit", msr::EFER, value | 1 << 3);
+        refuses(
+            checks,
+            "EFER with a reserved bit",
+            msr::EFER,
+            value | 1 << 3,
+        );
         refuses(checks, "EFER with a high bit", msr::EFER, value | 1 << 40);
     }
     checks.ok("EFER");
@@ -120,9 +138,17 @@ fn segment_bases(boot: &BootInfo, checks: &mut Checks, user: &UserPage) {
         checks.equal("a load by GS", words[round % 2], gs);
         // SAFETY: it exchanges two bases that are both valid.
         unsafe { asm!("swapgs") };
-        let (now, other) = if round % 2 == 0 { (second, first) } else { (first, second) };
+        let (now, other) = if round % 2 == 0 {
+            (second, first)
+        } else {
+            (first, second)
+        };
         checks.equal("GS_BASE after SWAPGS", now, rdmsr(msr::GS_BASE));
-        checks.equal("KERNEL_GS_BASE after SWAPGS", other, rdmsr(msr::KERNEL_GS_BASE));
+        checks.equal(
+            "KERNEL_GS_BASE after SWAPGS",
+            other,
+            rdmsr(msr::KERNEL_GS_BASE),
+        );
     }
     let trap = user.run(&[0x0f, 0x01, 0xf8]);
     checks.raises("SWAPGS in ring 3", vector::GP, 0, Err::<(), _>(trap));
@@ -130,7 +156,11 @@ fn segment_bases(boot: &BootInfo, checks: &mut Checks, user: &UserPage) {
     wrmsr(msr::GS_BASE, UserPage::DATA.0 as u64 - 0x10);
     checks.succeeds("a store", crate::memory::write(UserPage::DATA, 0x5555_u32));
     let trap = user.run(&[0x65, 0x8b, 0x04, 0x25, 0x10, 0, 0, 0]);
-    checks.equal("ring 3's load by GS", (vector::DONE, 0x5555), (trap.vector, trap.ax));
+    checks.equal(
+        "ring 3's load by GS",
+        (vector::DONE, 0x5555),
+        (trap.vector, trap.ax),
+    );
     checks.ok("FS and GS bases, SWAPGS");
 }
 
@@ -139,13 +169,20 @@ fn base_instructions(boot: &BootInfo, checks: &mut Checks) {
     if !has(Feature::FsGsBase) {
         return checks.skip(what, "no FSGSBASE");
     }
-    // SAFETY (both): FS is not used by compiled code.
-    let read = || catch(|| unsafe {
-        let base: u64;
-        asm!("rdfsbase {}", out(reg) base);
-        base
-    });
-    let write = |base: u64| catch(|| unsafe { asm!("wrfsbase {}", in(reg) base) });
+    let read = || {
+        catch(|| {
+            let base: u64;
+            // SAFETY: it reads a register.
+            unsafe { asm!("rdfsbase {}", out(reg) base) };
+            base
+        })
+    };
+    let write = |base: u64| {
+        catch(|| {
+            // SAFETY: compiled code does not use FS.
+            unsafe { asm!("wrfsbase {}", in(reg) base) };
+        })
+    };
     checks.raises("RDFSBASE without CR4.FSGSBASE", vector::UD, 0, read());
     cpu::set_cr4(cr4::FSGSBASE);
     checks.succeeds("WRFSBASE", write(0x7654_3210));
@@ -181,8 +218,15 @@ fn apic_base(checks: &mut Checks) {
     }
     let base = checks.succeeds("RDMSR APIC_BASE", catch(|| rdmsr(msr::APIC_BASE)));
     checks.equal("the bootstrap processor's bit", 1 << 8, base & 1 << 8);
-    checks.equal("bits beyond physical addresses", 0, base >> cpu::physical_address_bits());
-    checks.succeeds("WRMSR APIC_BASE, unchanged", catch(|| wrmsr(msr::APIC_BASE, base)));
+    checks.equal(
+        "bits beyond physical addresses",
+        0,
+        base >> cpu::physical_address_bits(),
+    );
+    checks.succeeds(
+        "WRMSR APIC_BASE, unchanged",
+        catch(|| wrmsr(msr::APIC_BASE, base)),
+    );
     checks.equal("it", base, rdmsr(msr::APIC_BASE));
     checks.ok(what);
 }
@@ -199,7 +243,11 @@ fn time_stamps(boot: &BootInfo, checks: &mut Checks) {
             2 if has(Feature::Rdtscp) => cpu::rdtscp().0,
             _ => cpu::rdtsc(),
         };
-        checks.equal(format_args!("time goes on: {last:#x} to {now:#x}"), true, now >= last);
+        checks.equal(
+            format_args!("time goes on: {last:#x} to {now:#x}"),
+            true,
+            now >= last,
+        );
         last = now;
     }
     if has(Feature::Rdtscp) {
