@@ -1,5 +1,10 @@
 //! A check of every structural invariant, for tests and debug builds.
 
+#![allow(
+    clippy::redundant_closure_for_method_calls,
+    reason = "the methods' own lifetimes are not general enough"
+)]
+
 use crate::host::Host;
 use crate::level::{ENTRIES, Level};
 use crate::mmu::Mmu;

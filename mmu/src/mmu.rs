@@ -3,6 +3,11 @@
 //! Each operation takes the VM's lock once it has all the memory that it may need, does its work on
 //! the [`Core`], and sends what flush is pending before it lets go of the lock.
 
+#![allow(
+    clippy::redundant_closure_for_method_calls,
+    reason = "the methods' own lifetimes are not general enough"
+)]
+
 use crate::arena::Storage;
 use crate::budget::Budget;
 use crate::config::MmuConfig;
@@ -299,7 +304,7 @@ impl<H: Host> Mmu<H> {
             .allocate(Zone::Below4GiB)
             .ok_or(MmuError::OutOfMemory)?;
         let registers = PagingRegisters::RESET;
-        let paging = GuestPaging::new(&registers, Pkru(0), &self.config.features);
+        let paging = GuestPaging::new(&registers, Pkru(0), self.config.features);
         let roots = VcpuRoots {
             current: None,
             previous: [None; MAXIMUM_PREVIOUS],
@@ -347,7 +352,7 @@ impl<H: Host> Mmu<H> {
     /// this flushes the guest's TLB.
     pub fn load_registers(&self, vcpu: &mut Vcpu, registers: PagingRegisters) {
         vcpu.registers = registers;
-        vcpu.paging = GuestPaging::new(&registers, vcpu.pkru, &self.config.features);
+        vcpu.paging = GuestPaging::new(&registers, vcpu.pkru, self.config.features);
         vcpu.root_epoch = None;
         self.locked(|core| core.sync_all());
     }
@@ -356,7 +361,7 @@ impl<H: Host> Mmu<H> {
     pub fn set_pkru(&self, vcpu: &mut Vcpu, pkru: Pkru) {
         if vcpu.pkru != pkru {
             vcpu.pkru = pkru;
-            vcpu.paging = GuestPaging::new(&vcpu.registers, pkru, &self.config.features);
+            vcpu.paging = GuestPaging::new(&vcpu.registers, pkru, self.config.features);
             vcpu.root_epoch = None;
         }
     }
@@ -508,15 +513,12 @@ impl<H: Host> Mmu<H> {
     /// # Errors
     /// See [`SlotError`]; nothing is changed then.
     pub fn add_slot(&self, memory: MemorySlot) -> Result<(), SlotError> {
-        let slot = Slot::new(memory)?;
-        let rejected = self.locked(|core| {
-            let inserted = core.state.slots.insert(slot);
-            if inserted.is_ok() {
-                core.forget_range(memory.base, memory.pages);
-            }
-            inserted.err()
-        });
-        rejected.map_or(Ok(()), |(error, _)| Err(error))
+        let mut slot = Some(Slot::new(memory)?);
+        self.locked(|core| {
+            core.state.slots.insert(&mut slot)?;
+            core.forget_range(memory.base, memory.pages);
+            Ok(())
+        })
     }
 
     /// Takes memory away from the guest.

@@ -267,6 +267,10 @@ impl Format {
 
 /// All that translation depends on, derived from the registers once when they change.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[allow(
+    clippy::struct_excessive_bools,
+    reason = "each is a bit of a control register"
+)]
 pub(crate) struct GuestPaging {
     pub format: Format,
     pub write_protect: bool,
@@ -281,7 +285,7 @@ pub(crate) struct GuestPaging {
 }
 
 impl GuestPaging {
-    pub fn new(registers: &PagingRegisters, pkru: Pkru, features: &GuestFeatures) -> Self {
+    pub fn new(registers: &PagingRegisters, pkru: Pkru, features: GuestFeatures) -> Self {
         let paging = registers.cr0.contains(Cr0Flags::PAGING);
         let cr4 = |flag| paging && registers.cr4.contains(flag);
         let format = if !paging {

@@ -199,7 +199,7 @@ impl EntryFormat {
     }
 
     /// Whether an entry's page-size bit makes it map a page at `level`.
-    pub fn is_leaf(&self, level: Level, value: u64, features: &GuestFeatures) -> bool {
+    pub fn is_leaf(&self, level: Level, value: u64, features: GuestFeatures) -> bool {
         let large = value & bits::PAGE_SIZE != 0;
         match (level, self.format) {
             (Level::One, _) => true,
@@ -213,7 +213,7 @@ impl EntryFormat {
     }
 
     /// The reserved bits of a present entry (SDM vol. 3A tables 4-4 to 4-20, 4.4.2, 4.5.4).
-    pub fn reserved(&self, level: Level, value: u64, features: &GuestFeatures) -> u64 {
+    pub fn reserved(&self, level: Level, value: u64, features: GuestFeatures) -> u64 {
         let width = u32::from(features.max_physical_address);
         let leaf = self.is_leaf(level, value, features);
         if self.format == Format::Legacy {
@@ -343,11 +343,11 @@ mod tests {
             ..GuestFeatures::default()
         };
         let large = bits::PRESENT | bits::PAGE_SIZE;
-        assert_eq!(format.reserved(Level::Two, large, &with(32)), span(13, 21));
-        assert_eq!(format.reserved(Level::Two, large, &with(36)), span(17, 21));
-        assert_eq!(format.reserved(Level::Two, large, &with(40)), span(21, 21));
-        assert_eq!(format.reserved(Level::Two, large, &with(52)), span(21, 21));
-        assert_eq!(format.reserved(Level::Two, bits::PRESENT, &with(36)), 0);
+        assert_eq!(format.reserved(Level::Two, large, with(32)), span(13, 21));
+        assert_eq!(format.reserved(Level::Two, large, with(36)), span(17, 21));
+        assert_eq!(format.reserved(Level::Two, large, with(40)), span(21, 21));
+        assert_eq!(format.reserved(Level::Two, large, with(52)), span(21, 21));
+        assert_eq!(format.reserved(Level::Two, bits::PRESENT, with(36)), 0);
     }
 
     #[test]

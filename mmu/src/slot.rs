@@ -252,26 +252,29 @@ impl Slots {
         self.slots.iter()
     }
 
-    pub fn insert(&mut self, slot: Slot) -> Result<(), (SlotError, Slot)> {
-        let new = slot.memory;
+    /// Takes the slot if it fits; what was rejected stays with the caller.
+    pub fn insert(&mut self, slot: &mut Option<Slot>) -> Result<(), SlotError> {
+        let Some(new) = slot.as_ref().map(|slot| slot.memory) else {
+            return Ok(());
+        };
         if self.slots.len() == MAXIMUM_SLOTS {
-            return Err((SlotError::TooMany, slot));
+            return Err(SlotError::TooMany);
         }
-        for other in &self.slots {
-            if other.memory.id == new.id {
-                return Err((SlotError::Exists, slot));
+        for other in self.slots.iter().map(|slot| slot.memory) {
+            if other.id == new.id {
+                return Err(SlotError::Exists);
             }
-            let other = other.memory;
             if new.base.as_u64() < other.base.as_u64() + other.pages
                 && other.base.as_u64() < new.base.as_u64() + new.pages
             {
-                return Err((SlotError::Overlaps(other.id), slot));
+                return Err(SlotError::Overlaps(other.id));
             }
         }
         let index = self
             .slots
             .partition_point(|other| other.memory.base < new.base);
-        self.slots.insert(index, slot);
+        self.slots.extend(slot.take());
+        self.slots[index..].rotate_right(1);
         Ok(())
     }
 

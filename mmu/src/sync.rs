@@ -41,13 +41,13 @@ impl<H: Host> Core<'_, H> {
         let value = self.read_guest(role.format, page.gfn, role.guest_entry_offset(index));
         if value & bits::PRESENT == 0
             || value & bits::ACCESSED == 0
-            || value & format.reserved(role.level, value, &features) != 0
+            || value & format.reserved(role.level, value, features) != 0
         {
             return Wanted::Nothing;
         }
         let rights = role.rights & format.rights(value);
         match role.level.below() {
-            Some(below) if !format.is_leaf(role.level, value, &features) => Wanted::Page {
+            Some(below) if !format.is_leaf(role.level, value, features) => Wanted::Page {
                 gfn: format.table(value),
                 role: role.of_table_below(index, below, rights),
             },
@@ -70,7 +70,6 @@ impl<H: Host> Core<'_, H> {
             return;
         }
         let keeps = match (self.wanted(id, index), self.target(id, index, spte)) {
-            (Wanted::Nothing, _) => false,
             (Wanted::Leaf { gfn, rights }, held @ Target::Leaf { .. }) => {
                 held == Target::Leaf { gfn, rights }
             }
@@ -86,7 +85,7 @@ impl<H: Host> Core<'_, H> {
                 let child = &self.state.pages[child];
                 child.gfn == gfn && child.role == role
             }
-            (Wanted::Page { .. }, Target::Leaf { .. }) => false,
+            (Wanted::Nothing, _) | (Wanted::Page { .. }, Target::Leaf { .. }) => false,
         };
         if !keeps {
             self.drop_entry(id, index);

@@ -143,14 +143,14 @@ impl<H: Host> Core<'_, H> {
             if value & bits::PRESENT == 0 {
                 return fault(PageFaultErrorCode::empty());
             }
-            if value & format.reserved(level, value, &features) != 0 {
+            if value & format.reserved(level, value, features) != 0 {
                 return fault(
                     PageFaultErrorCode::PROTECTION_VIOLATION | PageFaultErrorCode::MALFORMED_TABLE,
                 );
             }
             walk.rights &= format.rights(value);
             match level.below() {
-                Some(below) if !format.is_leaf(level, value, &features) => {
+                Some(below) if !format.is_leaf(level, value, features) => {
                     table = format.table(value);
                     level = below;
                 }

@@ -113,7 +113,7 @@ impl<H: Host> Core<'_, H> {
             freed += 1;
             // Every entry was cleared, so the frame is as good as a new one.
             give(&mut self.state.caches.frames, page.frame, |frame| {
-                self.host.free(frame)
+                self.host.free(frame);
             });
             if let Some(translations) = page.translations {
                 give(&mut self.state.caches.translations, translations, drop);

@@ -1,5 +1,13 @@
 //! One test for each rule, and for each mistake that shadow MMUs are known to have made.
 #![allow(missing_docs, reason = "a test")]
+#![allow(
+    clippy::too_many_lines,
+    clippy::verbose_bit_mask,
+    clippy::nonminimal_bool,
+    clippy::struct_excessive_bools,
+    clippy::precedence,
+    reason = "bits are written as the manual draws them"
+)]
 
 mod common;
 
@@ -85,7 +93,9 @@ impl Guest {
             flags: SlotFlags::empty(),
         })
         .unwrap();
-        (0..PAGES).for_each(|page| host.touch(page));
+        for page in 0..PAGES {
+            host.touch(page);
+        }
         let cpu = Cpu::new(&mmu);
         Self {
             mmu,
@@ -874,7 +884,9 @@ fn the_shrinker_gives_caches_back_first_and_shares_the_rest() {
             },
         );
         host.set_slot(SLOT, 0);
-        (0..PAGES).for_each(|page| host.touch(page));
+        for page in 0..PAGES {
+            host.touch(page);
+        }
         guest
             .mmu
             .add_slot(MemorySlot {
@@ -904,9 +916,9 @@ fn the_shrinker_gives_caches_back_first_and_shares_the_rest() {
     let shrunk = pool.scan(1);
     assert!(shrunk.freed >= 1);
     assert_eq!(used(&guests), before);
-    guests
-        .iter()
-        .for_each(|guest| drop(guest.mmu.release_caches()));
+    for guest in &guests {
+        guest.mmu.release_caches();
+    }
     let shrunk = pool.scan(100);
     assert_eq!(
         shrunk,

@@ -5,6 +5,15 @@
 //! it would come from was in the table at some time since this processor's last flush. After every
 //! step all structures are audited.
 #![allow(missing_docs, reason = "a test")]
+#![allow(
+    clippy::too_many_lines,
+    clippy::verbose_bit_mask,
+    clippy::nonminimal_bool,
+    clippy::struct_excessive_bools,
+    clippy::precedence,
+    clippy::single_match_else,
+    reason = "bits are written as the manual draws them"
+)]
 
 mod common;
 #[path = "common/reference.rs"]
@@ -231,7 +240,9 @@ impl Test {
         test.add(SlotId(2), 40, 4, 40, SlotFlags::READ_ONLY);
         test.add(SlotId(3), 48, 8, 48, SlotFlags::LOG_DIRTY);
         if scenario.flags[0] & 1 == 0 {
-            (512..1024).for_each(|page| test.host.touch(page));
+            for page in 512..1024 {
+                test.host.touch(page);
+            }
         }
         for number in 0..2 {
             let cpu = Cpu::new(&test.mmu);
@@ -539,9 +550,9 @@ impl Test {
                     .filter(|(until, _)| *until > since)
                     .map(|(_, word)| *word),
             );
-            words
-                .iter_mut()
-                .for_each(|word| *word = extract(*word, offset, width));
+            for word in &mut words {
+                *word = extract(*word, offset, width);
+            }
             words.sort_unstable();
             words.dedup();
             words

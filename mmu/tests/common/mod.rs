@@ -90,6 +90,7 @@ impl SimHost {
         self.0.touched[ram_page as usize].store(true, Ordering::Relaxed);
     }
 
+    #[allow(clippy::unused_self, reason = "the layout is this host's")]
     pub fn ram_page(&self, frame: Pfn) -> u64 {
         frame.as_u64() - RAM_BASE
     }
