@@ -49,7 +49,7 @@ pub use error::{MmuError, NoPageAvailable};
 pub use fault::{FaultOutcome, MmioTarget};
 pub use host::{Frames, GuestMemory, Host, OutOfMemory, SlotId, TlbFlush, Touch, Zone};
 pub use level::Level;
-pub use mmu::{HardwareRoot, Mmu, RootChange, TranslateError, Vcpu};
+pub use mmu::{Accessed, HardwareRoot, Mmu, RootChange, TranslateError, Vcpu};
 pub use pool::{MmuPool, Shrunk};
 pub use registers::{
     Access, AccessKind, Cr3, Fault, HardwareControls, InvalidPdpte, Marking, PageFault,

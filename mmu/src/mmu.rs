@@ -23,7 +23,7 @@ use crate::registers::{
 use crate::rmap::RmapNodes;
 use crate::role::{EntryFormat, bits};
 use crate::root::{MAXIMUM_PREVIOUS, ROOT_PAGES, VcpuRoots};
-use crate::slot::{MemorySlot, Slot, SlotError, Slots};
+use crate::slot::{MemorySlot, Slot, SlotError, SlotFlags, Slots};
 use crate::state::{CACHED, Caches, Core, State, Target};
 use crate::statistics::{Counters, Statistics};
 use crate::walk::WalkEnd;
@@ -98,6 +98,15 @@ pub enum TranslateError {
     Fault(PageFault),
     /// Another processor changed the guest's tables meanwhile: try again.
     Retry,
+}
+
+/// Whether memory was used.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Accessed {
+    /// It was, or may have been.
+    Yes,
+    /// No processor has translated an address to it.
+    No,
 }
 
 /// What an operation may take while it holds the lock.
@@ -587,6 +596,37 @@ impl<H: Host> Mmu<H> {
             core.state.flush_pending |= any;
             Ok(())
         })
+    }
+
+    /// Changes how a slot is used: read-only or not, writes logged or not.
+    ///
+    /// # Errors
+    /// [`SlotError::Unknown`].
+    pub fn set_slot_flags(&self, id: SlotId, flags: SlotFlags) -> Result<(), SlotError> {
+        self.locked(|core| {
+            let slot = core.state.slots.named(id).ok_or(SlotError::Unknown)?;
+            slot.set_flags(flags);
+            let memory = slot.memory;
+            for page in 0..memory.pages {
+                core.write_protect(memory.base.offset(page));
+            }
+            Ok(())
+        })
+    }
+
+    /// Whether the guest has used any of the `pages` pages from `first` on since this was last asked.
+    /// Mappings made ahead of use count as used once.
+    pub fn take_accessed(&self, first: Gfn, pages: u64) -> Accessed {
+        let any = self.locked(|core| {
+            let mut any = false;
+            for page in 0..pages {
+                any |= core.test_and_clear_leaves(first.offset(page));
+            }
+            // Only after a flush does the hardware set the bits again.
+            core.state.flush_pending |= any;
+            any
+        });
+        if any { Accessed::Yes } else { Accessed::No }
     }
 
     /// Shadow pages that the VM may hold. If it holds more, it gives back what it can.

@@ -9,10 +9,12 @@ use crate::error::NoPageAvailable;
 use crate::host::Host;
 use crate::level::Level;
 use crate::page::{ActivePage, PageId};
-use crate::rmap::RmapNodes;
+use crate::rmap::{RmapHead, RmapNodes};
+use crate::slot::MAPPING_LEVELS;
 use crate::spte::Spte;
 use crate::state::Core;
 use crate::zap::Batch;
+use umbra_vcpu::address::Gfn;
 
 /// Which pages a pass over the list takes.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -151,17 +153,31 @@ impl<H: Host> Core<'_, H> {
 
     /// Whether the hardware has gone through a link to this page since this was last asked.
     fn test_and_clear_accessed(&mut self, id: PageId) -> bool {
+        self.clear_accessed(self.state.pages[id].parents)
+    }
+
+    /// Whether the hardware has used a mapping of `gfn` since this was last asked.
+    pub fn test_and_clear_leaves(&mut self, gfn: Gfn) -> bool {
         let mut accessed = false;
-        let mut cursor = RmapNodes::start(self.state.pages[id].parents);
-        while let Some(parent) = self.state.nodes.step(&mut cursor) {
-            let frame = self.state.pages[parent.page].frame;
-            let mut old = self.load(parent.page, parent.index);
+        for level in MAPPING_LEVELS {
+            let Some(slot) = self.state.slots.of(gfn) else {
+                break;
+            };
+            let head = *slot.rmap(level, gfn);
+            accessed |= self.clear_accessed(head);
+        }
+        accessed
+    }
+
+    fn clear_accessed(&mut self, head: RmapHead) -> bool {
+        let mut accessed = false;
+        let mut cursor = RmapNodes::start(head);
+        while let Some(spte) = self.state.nodes.step(&mut cursor) {
+            let frame = self.state.pages[spte.page].frame;
+            let mut old = self.load(spte.page, spte.index);
             while old.is_accessed() {
                 let new = old.not_accessed();
-                match self
-                    .host
-                    .compare_exchange(frame, parent.index, old.0, new.0)
-                {
+                match self.host.compare_exchange(frame, spte.index, old.0, new.0) {
                     Ok(_) => {
                         accessed = true;
                         break;

@@ -190,6 +190,15 @@ impl Slot {
         u32::from(start < base) + u32::from(start + level.pages() > end)
     }
 
+    /// Changes the flags; a log that is turned on starts empty.
+    pub fn set_flags(&mut self, flags: SlotFlags) {
+        if flags.contains(SlotFlags::LOG_DIRTY) && !self.memory.flags.contains(SlotFlags::LOG_DIRTY)
+        {
+            self.dirty.fill(0);
+        }
+        self.memory.flags = flags;
+    }
+
     pub fn mark_dirty(&mut self, gfn: Gfn) {
         if self.memory.flags.contains(SlotFlags::LOG_DIRTY) {
             let page = self.page(gfn) as usize;

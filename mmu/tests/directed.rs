@@ -936,3 +936,54 @@ fn the_shrinker_gives_caches_back_first_and_shares_the_rest() {
     );
     assert!(after[0] >= MINIMUM_PAGES);
 }
+
+#[test]
+fn use_of_memory_is_tracked() {
+    let mut guest = Guest::new();
+    let root = guest.table();
+    guest.map(root, 0, 100 << 12 | TABLE | D);
+    guest.load(0, long_mode(root));
+    assert_eq!(guest.mmu.take_accessed(Gfn::new(90), 20), Accessed::No);
+    for _ in 0..2 {
+        guest.page(read(0));
+        assert_eq!(guest.mmu.take_accessed(Gfn::new(90), 10), Accessed::No);
+        assert_eq!(guest.mmu.take_accessed(Gfn::new(90), 20), Accessed::Yes);
+        assert_eq!(guest.mmu.take_accessed(Gfn::new(90), 20), Accessed::No);
+        guest.mmu.audit().unwrap();
+    }
+}
+
+#[test]
+fn a_slots_flags_change_while_the_guest_runs() {
+    let mut guest = Guest::new();
+    let root = guest.table();
+    guest.map(root, 0, 100 << 12 | TABLE | D);
+    guest.map(root, 4 << 21, 1024 << 12 | TABLE | D);
+    guest.load(0, long_mode(root));
+    guest.page(write(0));
+    guest
+        .mmu
+        .set_slot_flags(SLOT, SlotFlags::LOG_DIRTY)
+        .unwrap();
+    guest.page(write(0));
+    let mut pages = Vec::new();
+    guest
+        .mmu
+        .take_dirty(SLOT, |gfn| pages.push(gfn.as_u64()))
+        .unwrap();
+    assert_eq!(pages, [100]);
+    guest
+        .mmu
+        .set_slot_flags(SLOT, SlotFlags::READ_ONLY)
+        .unwrap();
+    assert_eq!(guest.page(read(0)), 100);
+    assert!(matches!(
+        guest.try_access(0, write(0)).0,
+        Err(FaultOutcome::Mmio {
+            target: MmioTarget::ReadOnlySlot,
+            ..
+        })
+    ));
+    guest.mmu.set_slot_flags(SLOT, SlotFlags::empty()).unwrap();
+    assert_eq!(guest.page(write(0)), 100);
+}

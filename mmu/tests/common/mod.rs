@@ -35,6 +35,8 @@ pub struct Machine {
     pub flushes: AtomicU32,
     /// When set, flush requests are lost.
     pub drop_flushes: AtomicBool,
+    /// Counts flush requests: a processor that saw an older count must not enter the guest.
+    pub epoch: AtomicU64,
     /// Runs inside a flush request, as another processor would.
     pub during_flush: Mutex<Option<Box<dyn FnMut() + Send>>>,
 }
@@ -69,6 +71,7 @@ impl SimHost {
             tlbs: Mutex::default(),
             flushes: AtomicU32::new(0),
             drop_flushes: AtomicBool::new(false),
+            epoch: AtomicU64::new(0),
             during_flush: Mutex::new(None),
         }))
     }
@@ -263,7 +266,9 @@ impl TlbFlush for SimHost {
         if let Some(other) = self.0.during_flush.lock().unwrap().as_mut() {
             other();
         }
-        for tlb in self.0.tlbs.lock().unwrap().iter_mut() {
+        let mut tlbs = self.0.tlbs.lock().unwrap();
+        self.0.epoch.fetch_add(1, Ordering::SeqCst);
+        for tlb in tlbs.iter_mut() {
             tlb.pages.clear();
             tlb.tables.clear();
         }
@@ -346,7 +351,43 @@ impl SimHost {
         attempt: &Try,
     ) -> Result<Pfn, Code> {
         let mut tlbs = self.0.tlbs.lock().unwrap();
+        Self::run(self, &mut tlbs[processor], entry, guest_cr4, attempt)
+    }
+
+    /// The same with other processors at work: enters the guest, unless a flush request came after
+    /// `epoch` (then `None`), and does `store` as part of the access.
+    pub fn run_once(
+        &self,
+        processor: usize,
+        entry: &HardwareRoot,
+        guest_cr4: Cr4Flags,
+        attempt: &Try,
+        epoch: u64,
+        store: impl FnOnce(Pfn),
+    ) -> Option<Result<Pfn, Code>> {
+        let mut tlbs = self.0.tlbs.lock().unwrap();
+        if self.0.epoch.load(Ordering::SeqCst) != epoch {
+            return None;
+        }
         let tlb = &mut tlbs[processor];
+        if entry.change == RootChange::Changed {
+            tlb.pages.clear();
+            tlb.tables.clear();
+        }
+        let result = Self::run(self, tlb, entry, guest_cr4, attempt);
+        if let Ok(frame) = result {
+            store(frame);
+        }
+        Some(result)
+    }
+
+    fn run(
+        &self,
+        tlb: &mut Tlb,
+        entry: &HardwareRoot,
+        guest_cr4: Cr4Flags,
+        attempt: &Try,
+    ) -> Result<Pfn, Code> {
         let cr4 = (guest_cr4 - entry.controls.cr4_clear) | entry.controls.cr4_set;
         let page = attempt.gva.as_u64() >> 12;
         let translation = match tlb.pages.get(&page) {
