@@ -5,8 +5,15 @@
 //! after every access and every advance of time, and carries them to the interrupt controllers.
 
 pub mod debug_exit;
+pub mod fw_cfg;
+pub mod io_apic;
 pub mod keyboard;
+pub mod local_apic;
+pub mod pci;
+pub mod pic;
+pub mod pit;
 pub mod reset_control;
+pub mod rtc;
 pub mod serial;
 
 /// The level of an interrupt line.

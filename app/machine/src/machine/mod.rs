@@ -5,17 +5,27 @@
 
 use alloc::boxed::Box;
 
+mod interrupts;
+mod mmio;
+mod registers;
+
 use umbra_vcpu::address::Gpa;
-use umbra_vcpu::event::Exception;
 use umbra_vcpu::exit::IoWidth;
 
 use crate::access_log::{AccessLog, Sighting};
 use crate::devices::debug_exit;
+use crate::devices::fw_cfg::{self, FwCfg};
+use crate::devices::io_apic::IoApic;
 use crate::devices::keyboard::{self, KeyboardReset};
+use crate::devices::local_apic::LocalApic;
+use crate::devices::pci::{self, PciConfiguration};
+use crate::devices::pic::Pic;
+use crate::devices::pit::{self, Pit};
 use crate::devices::reset_control::{self, ResetControl};
+use crate::devices::rtc::{self, Rtc};
 use crate::devices::serial::{self, Serial};
 use crate::processor::features::GuestFeatures;
-use crate::processor::msr::{MsrAccess, MsrContext, MsrEffect, Msrs};
+use crate::processor::msr::Msrs;
 use crate::time::{GuestTime, TimeBase};
 
 /// Where the guest's serial output goes.
@@ -56,7 +66,14 @@ pub struct Machine {
     console: Box<dyn ConsoleOutput + Send>,
     shutdown: Option<Shutdown>,
     msrs: Msrs,
+    pic: Pic,
+    local_apic: LocalApic,
+    io_apic: IoApic,
     serial: Serial,
+    pit: Pit,
+    rtc: Rtc,
+    pci: PciConfiguration,
+    fw_cfg: FwCfg,
     reset_control: ResetControl,
     keyboard: KeyboardReset,
     unknown_ports: AccessLog<u16>,
@@ -67,18 +84,32 @@ pub struct Machine {
 /// Who answers at a port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum PortDevice {
+    Pic,
+    Pit,
+    SystemControl,
+    Rtc,
     Serial,
     DebugExit,
+    FwCfg,
     ResetControl,
+    PciAddress,
+    PciData,
     Keyboard,
 }
 
 fn device_at(port: u16) -> Option<PortDevice> {
     Some(match port {
+        0x20 | 0x21 | 0xa0 | 0xa1 | 0x4d0 | 0x4d1 => PortDevice::Pic,
+        pit::PORT..=pit::CONTROL_PORT => PortDevice::Pit,
+        pit::SYSTEM_CONTROL_PORT => PortDevice::SystemControl,
+        rtc::INDEX_PORT | rtc::DATA_PORT => PortDevice::Rtc,
+        fw_cfg::SELECTOR_PORT | fw_cfg::DATA_PORT => PortDevice::FwCfg,
         keyboard::DATA_PORT | keyboard::COMMAND_PORT => PortDevice::Keyboard,
         debug_exit::PORT..=debug_exit::LAST_PORT => PortDevice::DebugExit,
         serial::PORT..=serial::LAST_PORT => PortDevice::Serial,
         reset_control::PORT => PortDevice::ResetControl,
+        pci::ADDRESS_PORT..pci::DATA_PORT => PortDevice::PciAddress,
+        pci::DATA_PORT..=pci::LAST_DATA_PORT => PortDevice::PciData,
         _ => return None,
     })
 }
@@ -99,7 +130,14 @@ impl Machine {
             console,
             shutdown: None,
             msrs: Msrs::new(features, tsc_offset),
+            pic: Pic::default(),
+            local_apic: LocalApic::default(),
+            io_apic: IoApic::default(),
             serial: Serial::new(),
+            pit: Pit::default(),
+            rtc: Rtc::new(0),
+            pci: PciConfiguration::default(),
+            fw_cfg: FwCfg::default(),
             reset_control: ResetControl::default(),
             keyboard: KeyboardReset::default(),
             unknown_ports: AccessLog::new(),
@@ -108,24 +146,20 @@ impl Machine {
         }
     }
 
-    /// Lets time pass up to `now`; an earlier time than the last is that of the last.
-    pub fn advance(&mut self, now: GuestTime) {
-        self.now = self.now.max(now);
+    /// Sets the clock: `unix_time`, in seconds since 1970-01-01 UTC, was when the machine started.
+    pub fn set_wall_clock(&mut self, unix_time: u64) {
+        self.rtc = Rtc::new(unix_time);
+        self.rtc.advance(self.now);
     }
 
-    /// When the machine must be advanced again though the guest does not touch it.
-    pub fn next_deadline(&self) -> Option<GuestTime> {
-        None
+    /// The memory of the real-time clock, for what firmware leaves there.
+    pub const fn rtc_mut(&mut self) -> &mut Rtc {
+        &mut self.rtc
     }
 
-    /// Whether an interrupt waits for the guest.
-    pub fn pending_interrupt(&self) -> bool {
-        false
-    }
-
-    /// Hands the interrupt over: the vector that the guest takes now.
-    pub fn acknowledge_interrupt(&mut self) -> Option<u8> {
-        None
+    /// The firmware configuration device, to be filled before the guest starts.
+    pub const fn fw_cfg_mut(&mut self) -> &mut FwCfg {
+        &mut self.fw_cfg
     }
 
     /// How the guest ended itself, if it did since the last call.
@@ -136,6 +170,7 @@ impl Machine {
     /// A byte arrives from the terminal.
     pub fn receive(&mut self, byte: u8) {
         self.serial.receive(byte);
+        self.update_lines();
     }
 
     /// IN.
@@ -144,15 +179,21 @@ impl Machine {
             self.log_unknown_port(port, width);
             return width.mask();
         }
-        ports(port, width)
-            .enumerate()
-            .fold(0, |value, (position, port)| {
+        if port == pci::ADDRESS_PORT && width == IoWidth::DoubleWord {
+            return self.pci.read_address();
+        }
+        let value = ports(port, width)
+            .zip([0, 8, 16, 24])
+            .map(|(port, shift)| {
                 let byte = match port.and_then(|port| Some((port, device_at(port)?))) {
                     Some((port, device)) => self.read_byte(device, port),
                     None => 0xff,
                 };
-                value | u32::from(byte) << (8 * position)
+                u32::from(byte) << shift
             })
+            .fold(0, |value, byte| value | byte);
+        self.update_lines();
+        value
     }
 
     /// OUT.
@@ -161,59 +202,23 @@ impl Machine {
             self.log_unknown_port(port, width);
             return;
         }
-        if port == debug_exit::PORT {
-            self.shutdown = Some(Shutdown::DebugExit(value & width.mask()));
-            return;
-        }
-        for (port, byte) in ports(port, width).zip(value.to_le_bytes()) {
-            if let Some(port) = port
-                && let Some(device) = device_at(port)
-            {
-                self.write_byte(device, port, byte);
+        match (port, width) {
+            (debug_exit::PORT, _) => {
+                self.end(Some(Shutdown::DebugExit(value & width.mask())));
+            }
+            (pci::ADDRESS_PORT, IoWidth::DoubleWord) => self.pci.write_address(value),
+            (fw_cfg::SELECTOR_PORT, IoWidth::Word) => self.fw_cfg.select(value as u16),
+            _ => {
+                for (port, byte) in ports(port, width).zip(value.to_le_bytes()) {
+                    if let Some(port) = port
+                        && let Some(device) = device_at(port)
+                    {
+                        self.write_byte(device, port, byte);
+                    }
+                }
             }
         }
-    }
-
-    /// Reads device memory at `address` into `bytes`.
-    ///
-    /// # Errors
-    /// [`NoDevice`] if nothing is there; `bytes` are all ones then.
-    pub fn read_mmio(&mut self, address: Gpa, bytes: &mut [u8]) -> Result<(), NoDevice> {
-        bytes.fill(0xff);
-        self.log_unknown_address(address);
-        Err(NoDevice)
-    }
-
-    /// Writes `bytes` to device memory at `address`.
-    ///
-    /// # Errors
-    /// [`NoDevice`] if nothing is there.
-    pub fn write_mmio(&mut self, address: Gpa, _bytes: &[u8]) -> Result<(), NoDevice> {
-        self.log_unknown_address(address);
-        Err(NoDevice)
-    }
-
-    /// RDMSR.
-    ///
-    /// # Errors
-    /// The exception that the guest gets instead.
-    pub fn read_msr(&mut self, index: u32, context: &MsrContext<'_>) -> Result<u64, Exception> {
-        let result = self.msrs.read(index, context);
-        result.map_err(|error| self.msr_exception(index, error))
-    }
-
-    /// WRMSR.
-    ///
-    /// # Errors
-    /// The exception that the guest gets instead.
-    pub fn write_msr(
-        &mut self,
-        index: u32,
-        value: u64,
-        context: &MsrContext<'_>,
-    ) -> Result<MsrEffect, Exception> {
-        let result = self.msrs.write(index, value, context);
-        result.map_err(|error| self.msr_exception(index, error))
+        self.update_lines();
     }
 
     /// The model-specific registers that software keeps.
@@ -243,26 +248,56 @@ impl Machine {
 
     fn read_byte(&mut self, device: PortDevice, port: u16) -> u8 {
         match device {
+            PortDevice::Pic => self.pic.read(port),
+            PortDevice::Pit => self.pit.read(port),
+            PortDevice::SystemControl => self.pit.read_system_control(),
+            // The index cannot be read.
+            PortDevice::Rtc if port == rtc::DATA_PORT => self.rtc.read(),
             PortDevice::Serial => self.serial.read(port - serial::PORT),
             PortDevice::DebugExit => 0,
+            PortDevice::FwCfg if port == fw_cfg::DATA_PORT => self.fw_cfg.read(),
             PortDevice::ResetControl => self.reset_control.read(),
-            PortDevice::Keyboard => 0xff,
+            PortDevice::Rtc
+            | PortDevice::FwCfg
+            | PortDevice::PciAddress
+            | PortDevice::PciData
+            | PortDevice::Keyboard => 0xff,
         }
     }
 
     fn write_byte(&mut self, device: PortDevice, port: u16, value: u8) {
-        let shutdown = match device {
+        match device {
+            PortDevice::Pic => self.pic.write(port, value),
+            PortDevice::Pit => self.pit.write(port, value),
+            PortDevice::SystemControl => self.pit.write_system_control(value),
+            PortDevice::Rtc if port == rtc::INDEX_PORT => self.rtc.select(value),
+            PortDevice::Rtc => self.rtc.write(value),
             PortDevice::Serial => {
                 if let Some(byte) = self.serial.write(port - serial::PORT, value) {
                     self.console.write(byte);
                 }
-                None
             }
-            PortDevice::DebugExit => Some(Shutdown::DebugExit(value.into())),
-            PortDevice::ResetControl => self.reset_control.write(value),
-            PortDevice::Keyboard if port == keyboard::DATA_PORT => self.keyboard.data(value),
-            PortDevice::Keyboard => self.keyboard.command(value),
-        };
+            PortDevice::DebugExit => self.end(Some(Shutdown::DebugExit(value.into()))),
+            PortDevice::ResetControl => {
+                let shutdown = self.reset_control.write(value);
+                self.end(shutdown);
+            }
+            PortDevice::Keyboard => {
+                let shutdown = if port == keyboard::DATA_PORT {
+                    self.keyboard.data(value)
+                } else {
+                    self.keyboard.command(value)
+                };
+                self.end(shutdown);
+            }
+            // The selector takes words, the address register double words; data of items and of
+            // absent functions cannot be written.
+            PortDevice::FwCfg | PortDevice::PciAddress | PortDevice::PciData => {}
+        }
+    }
+
+    /// Remembers the first way in which the guest ended itself.
+    fn end(&mut self, shutdown: Option<Shutdown>) {
         self.shutdown = self.shutdown.or(shutdown);
     }
 
@@ -271,22 +306,12 @@ impl Machine {
             log::warn!("the guest uses port {port:#x} ({width:?}), where no device is");
         }
     }
-
-    fn log_unknown_address(&mut self, address: Gpa) {
-        if self.unknown_addresses.record(address.page_base()) == Sighting::First {
-            log::warn!("the guest uses physical address {address:#x}, where nothing is");
-        }
-    }
-
-    fn msr_exception(&mut self, index: u32, error: MsrAccess) -> Exception {
-        if error == MsrAccess::Unknown && self.unknown_msrs.record(index) == Sighting::First {
-            log::warn!("the guest uses model-specific register {index:#x}, which it does not have");
-        }
-        Exception::GENERAL_PROTECTION
-    }
 }
 
 /// The ports that an access touches; `None` past the last port.
 fn ports(first: u16, width: IoWidth) -> impl Iterator<Item = Option<u16>> {
     (0..u16::from(width.bytes())).map(move |offset| first.checked_add(offset))
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,116 @@
+//! Time and interrupt lines.
+//!
+//! Each ISA line goes to the i8259 pair and to the I/O APIC at once, as on a PC: whoever is not
+//! masked takes it. The pair's output reaches the processor through LINT0 of the local APIC or input 0
+//! of the I/O APIC, and straight if the local APIC is disabled.
+
+use super::{Machine, Shutdown};
+use crate::devices::{Level, local_apic, pit, rtc, serial};
+use crate::processor::msr::ApicMode;
+use crate::time::GuestTime;
+
+/// The I/O APIC's input of the timer's line.
+const TIMER_INPUT: usize = 2;
+
+impl Machine {
+    /// Lets time pass up to `now`; an earlier time than the last is that of the last.
+    pub fn advance(&mut self, now: GuestTime) {
+        self.now = self.now.max(now);
+        self.pit.advance(self.now);
+        self.rtc.advance(self.now);
+        self.local_apic.advance(self.now);
+        self.update_lines();
+    }
+
+    /// When the machine must be advanced again though the guest does not touch it: the next time at
+    /// which a device that is not masked may interrupt.
+    pub fn next_deadline(&self) -> Option<GuestTime> {
+        let pit = self
+            .pit
+            .next_deadline()
+            .filter(|_| self.is_unmasked(pit::IRQ));
+        let rtc = self
+            .rtc
+            .next_deadline()
+            .filter(|_| self.is_unmasked(rtc::IRQ));
+        let local = self.local_apic.next_deadline();
+        pit.into_iter().chain(rtc).chain(local).min()
+    }
+
+    /// Whether an interrupt waits for the guest.
+    pub fn pending_interrupt(&self) -> bool {
+        self.external_interrupt() || self.local_apic.pending().is_some()
+    }
+
+    /// Hands the interrupt over: the vector that the guest takes now.
+    pub fn acknowledge_interrupt(&mut self) -> Option<u8> {
+        let vector = if self.external_interrupt() {
+            Some(self.pic.acknowledge())
+        } else {
+            self.local_apic.acknowledge()
+        };
+        self.update_lines();
+        vector
+    }
+
+    /// Whether a non-maskable interrupt came since the last call.
+    pub fn take_nmi(&mut self) -> bool {
+        self.local_apic.take_nmi()
+    }
+
+    /// CR8 as the guest reads it: the local APIC's task priority.
+    pub const fn task_priority(&self) -> u64 {
+        self.local_apic.task_priority_class() as u64
+    }
+
+    /// MOV to CR8; bits above the fourth were refused before.
+    pub const fn set_task_priority(&mut self, cr8: u64) {
+        self.local_apic.set_task_priority_class((cr8 & 0xf) as u8);
+    }
+
+    /// Carries the devices' outputs to the interrupt controllers.
+    pub(super) fn update_lines(&mut self) {
+        if self.pit.take_rise() {
+            self.set_line(pit::IRQ, Level::Low);
+            self.set_line(pit::IRQ, Level::High);
+        }
+        self.set_line(pit::IRQ, self.pit.output());
+        self.set_line(serial::IRQ, self.serial.interrupt());
+        self.set_line(rtc::IRQ, self.rtc.interrupt());
+        if self.local_apic.take_init() {
+            // Nobody could start the only processor again.
+            self.end(Some(Shutdown::Reset));
+        }
+    }
+
+    pub(super) fn send(&mut self, message: Option<local_apic::Message>) {
+        if let Some(message) = message {
+            self.local_apic.receive(&message);
+        }
+    }
+
+    fn set_line(&mut self, irq: u8, level: Level) {
+        self.pic.set_line(irq, level);
+        let message = self.io_apic.set_line(io_apic_input(irq), level);
+        self.send(message);
+    }
+
+    fn is_unmasked(&self, irq: u8) -> bool {
+        self.pic.is_unmasked(irq) || self.io_apic.is_unmasked(io_apic_input(irq))
+    }
+
+    /// Whether the i8259 pair's request reaches the processor.
+    fn external_interrupt(&self) -> bool {
+        let wired = self.msrs.apic_base().mode() == ApicMode::Disabled
+            || self.local_apic.passes_ext_int()
+            || self.io_apic.passes_ext_int();
+        wired && self.pic.is_pending()
+    }
+}
+
+const fn io_apic_input(irq: u8) -> usize {
+    match irq {
+        pit::IRQ => TIMER_INPUT,
+        _ => irq as usize,
+    }
+}

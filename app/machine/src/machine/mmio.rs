@@ -1,0 +1,93 @@
+//! Device memory: the local APIC's page in xAPIC mode and the I/O APIC's page.
+
+use umbra_vcpu::address::Gpa;
+
+use super::{Machine, NoDevice};
+use crate::access_log::Sighting;
+use crate::devices::local_apic::ApicEffect;
+use crate::devices::{io_apic, local_apic};
+use crate::processor::msr::ApicMode;
+
+/// Who answers at a physical address, and the offset in its page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum MemoryDevice {
+    LocalApic(u64),
+    IoApic(u64),
+}
+
+impl Machine {
+    /// Reads device memory at `address` into `bytes`. An access never reaches past a device's page:
+    /// what lies beyond reads as ones.
+    ///
+    /// # Errors
+    /// [`NoDevice`] if nothing is there; `bytes` are all ones then.
+    pub fn read_mmio(&mut self, address: Gpa, bytes: &mut [u8]) -> Result<(), NoDevice> {
+        bytes.fill(0xff);
+        let device = self.memory_device(address)?;
+        let inside = inside_page(address, bytes.len());
+        match device {
+            MemoryDevice::LocalApic(offset) => {
+                self.local_apic.read_memory(offset, &mut bytes[..inside]);
+            }
+            MemoryDevice::IoApic(offset) => {
+                self.io_apic.read_memory(offset, &mut bytes[..inside]);
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes `bytes` to device memory at `address`; what lies beyond the device's page vanishes.
+    ///
+    /// # Errors
+    /// [`NoDevice`] if nothing is there.
+    pub fn write_mmio(&mut self, address: Gpa, bytes: &[u8]) -> Result<(), NoDevice> {
+        let device = self.memory_device(address)?;
+        let bytes = &bytes[..inside_page(address, bytes.len())];
+        match device {
+            MemoryDevice::LocalApic(offset) => {
+                let effect = self.local_apic.write_memory(offset, bytes);
+                self.apply(effect);
+            }
+            MemoryDevice::IoApic(offset) => {
+                let message = self.io_apic.write_memory(offset, bytes);
+                self.send(message);
+            }
+        }
+        self.update_lines();
+        Ok(())
+    }
+
+    /// Carries out what a write of the local APIC asks of others.
+    pub(super) fn apply(&mut self, effect: ApicEffect) {
+        match effect {
+            ApicEffect::None => {}
+            ApicEffect::EndOfLevel(vector) => {
+                for message in self.io_apic.end_of_interrupt(vector) {
+                    self.send(message);
+                }
+            }
+        }
+    }
+
+    fn memory_device(&mut self, address: Gpa) -> Result<MemoryDevice, NoDevice> {
+        let offset = address.page_offset();
+        match address.page_base().as_u64() {
+            local_apic::ADDRESS if self.msrs.apic_base().mode() == ApicMode::XApic => {
+                Ok(MemoryDevice::LocalApic(offset))
+            }
+            io_apic::ADDRESS => Ok(MemoryDevice::IoApic(offset)),
+            _ => {
+                if self.unknown_addresses.record(address.page_base()) == Sighting::First {
+                    log::warn!("the guest uses physical address {address:#x}, where nothing is");
+                }
+                Err(NoDevice)
+            }
+        }
+    }
+}
+
+/// How many of `length` bytes at `address` lie in its page.
+fn inside_page(address: Gpa, length: usize) -> usize {
+    let rest = umbra_vcpu::address::PAGE_SIZE - address.page_offset();
+    length.min(usize::try_from(rest).unwrap_or(usize::MAX))
+}

@@ -1,0 +1,99 @@
+//! Model-specific registers: those of the local APIC and its timer, and the policy's for all others.
+
+use umbra_vcpu::event::Exception;
+
+use super::Machine;
+use crate::access_log::Sighting;
+use crate::processor::features::Features;
+use crate::processor::msr::{ApicMode, MsrAccess, MsrContext, MsrEffect, index};
+use crate::time::GuestTime;
+
+impl Machine {
+    /// RDMSR.
+    ///
+    /// # Errors
+    /// The exception that the guest gets instead.
+    pub fn read_msr(&mut self, number: u32, context: &MsrContext<'_>) -> Result<u64, Exception> {
+        let result = match number {
+            index::TSC_DEADLINE if self.has_tsc_deadline() => Ok(self.local_apic.tsc_deadline()),
+            index::X2APIC_FIRST..=index::X2APIC_LAST if self.is_x2apic() => self
+                .local_apic
+                .read_msr((number - index::X2APIC_FIRST) as u16)
+                .map_err(|_| MsrAccess::Refused),
+            _ => self.msrs.read(number, context),
+        };
+        result.map_err(|error| self.msr_exception(number, error))
+    }
+
+    /// WRMSR.
+    ///
+    /// # Errors
+    /// The exception that the guest gets instead.
+    pub fn write_msr(
+        &mut self,
+        number: u32,
+        value: u64,
+        context: &MsrContext<'_>,
+    ) -> Result<MsrEffect, Exception> {
+        let result = match number {
+            index::TSC_DEADLINE if self.has_tsc_deadline() => {
+                self.arm_deadline(value, context.host_counter);
+                Ok(MsrEffect::None)
+            }
+            index::X2APIC_FIRST..=index::X2APIC_LAST if self.is_x2apic() => {
+                let register = (number - index::X2APIC_FIRST) as u16;
+                match self.local_apic.write_msr(register, value) {
+                    Ok(effect) => {
+                        self.apply(effect);
+                        Ok(MsrEffect::None)
+                    }
+                    Err(_) => Err(MsrAccess::Refused),
+                }
+            }
+            _ => self.msrs.write(number, value, context),
+        };
+        match result {
+            Ok(MsrEffect::ApicMode(mode)) => self.local_apic.set_mode(mode),
+            Ok(MsrEffect::TscOffset(_)) => {
+                // The deadline is a value of the guest's counter, which has just jumped.
+                self.arm_deadline(self.local_apic.tsc_deadline(), context.host_counter);
+            }
+            _ => {}
+        }
+        self.update_lines();
+        result.map_err(|error| self.msr_exception(number, error))
+    }
+
+    fn has_tsc_deadline(&self) -> bool {
+        self.msrs.features().has(Features::TSC_DEADLINE)
+    }
+
+    fn is_x2apic(&self) -> bool {
+        self.msrs.apic_base().mode() == ApicMode::X2Apic
+    }
+
+    fn arm_deadline(&mut self, deadline: u64, host_counter: u64) {
+        let time = self.deadline_time(deadline, host_counter);
+        self.local_apic.set_tsc_deadline(deadline, time);
+    }
+
+    /// When the guest's time-stamp counter reaches `deadline`.
+    fn deadline_time(&self, deadline: u64, host_counter: u64) -> GuestTime {
+        let guest_counter = host_counter.wrapping_add_signed(self.msrs.tsc_offset());
+        let ticks = deadline.saturating_sub(guest_counter);
+        if ticks == 0 {
+            return self.now;
+        }
+        self.time_base
+            .deadline_at(host_counter.saturating_add(ticks))
+    }
+
+    fn msr_exception(&mut self, number: u32, error: MsrAccess) -> Exception {
+        if error == MsrAccess::Unknown && self.unknown_msrs.record(number) == Sighting::First {
+            log::warn!(
+                "the guest uses model-specific register {number:#x}, which it does not have"
+            );
+        }
+        Exception::GENERAL_PROTECTION
+    }
+}
