@@ -6,12 +6,18 @@
 
 use super::Level;
 
-/// The master's command port; its data port follows.
-pub const MASTER_PORT: u16 = 0x20;
-/// The slave's command port; its data port follows.
-pub const SLAVE_PORT: u16 = 0xa0;
-/// The master's edge/level control register; the slave's follows.
-pub const EDGE_LEVEL_PORT: u16 = 0x4d0;
+/// The master's command port.
+pub const MASTER_COMMAND_PORT: u16 = 0x20;
+/// The master's data port.
+pub const MASTER_DATA_PORT: u16 = 0x21;
+/// The slave's command port.
+pub const SLAVE_COMMAND_PORT: u16 = 0xa0;
+/// The slave's data port.
+pub const SLAVE_DATA_PORT: u16 = 0xa1;
+/// The master's edge/level control register.
+pub const MASTER_EDGE_LEVEL_PORT: u16 = 0x4d0;
+/// The slave's edge/level control register.
+pub const SLAVE_EDGE_LEVEL_PORT: u16 = 0x4d1;
 
 const CASCADE: u8 = 2;
 /// The request that stands for none: the input went away before it was acknowledged.
@@ -301,8 +307,8 @@ impl Pic {
     /// Reads one of the six ports.
     pub fn read(&mut self, port: u16) -> u8 {
         match port {
-            0x4d0 => self.master.level_triggered,
-            0x4d1 => self.slave.level_triggered,
+            MASTER_EDGE_LEVEL_PORT => self.master.level_triggered,
+            SLAVE_EDGE_LEVEL_PORT => self.slave.level_triggered,
             _ => {
                 let chip = self.chip(port);
                 let value = if chip.poll {
@@ -328,8 +334,12 @@ impl Pic {
     /// Writes one of the six ports.
     pub fn write(&mut self, port: u16, value: u8) {
         match port {
-            0x4d0 => set_level_triggered(&mut self.master, value & EDGE_LEVEL_WRITABLE[0]),
-            0x4d1 => set_level_triggered(&mut self.slave, value & EDGE_LEVEL_WRITABLE[1]),
+            MASTER_EDGE_LEVEL_PORT => {
+                set_level_triggered(&mut self.master, value & EDGE_LEVEL_WRITABLE[0])
+            }
+            SLAVE_EDGE_LEVEL_PORT => {
+                set_level_triggered(&mut self.slave, value & EDGE_LEVEL_WRITABLE[1])
+            }
             _ if port & 1 == 0 => self.chip(port).write_command(value),
             _ => self.chip(port).write_data(value),
         }
@@ -337,7 +347,7 @@ impl Pic {
     }
 
     const fn chip(&mut self, port: u16) -> &mut Chip {
-        if port < SLAVE_PORT {
+        if port < SLAVE_COMMAND_PORT {
             &mut self.master
         } else {
             &mut self.slave

@@ -19,7 +19,7 @@ use crate::devices::io_apic::IoApic;
 use crate::devices::keyboard::{self, KeyboardReset};
 use crate::devices::local_apic::LocalApic;
 use crate::devices::pci::{self, PciConfiguration};
-use crate::devices::pic::Pic;
+use crate::devices::pic::{self, Pic};
 use crate::devices::pit::{self, Pit};
 use crate::devices::reset_control::{self, ResetControl};
 use crate::devices::rtc::{self, Rtc};
@@ -99,7 +99,12 @@ enum PortDevice {
 
 fn device_at(port: u16) -> Option<PortDevice> {
     Some(match port {
-        0x20 | 0x21 | 0xa0 | 0xa1 | 0x4d0 | 0x4d1 => PortDevice::Pic,
+        pic::MASTER_COMMAND_PORT
+        | pic::MASTER_DATA_PORT
+        | pic::SLAVE_COMMAND_PORT
+        | pic::SLAVE_DATA_PORT
+        | pic::MASTER_EDGE_LEVEL_PORT
+        | pic::SLAVE_EDGE_LEVEL_PORT => PortDevice::Pic,
         pit::PORT..=pit::CONTROL_PORT => PortDevice::Pit,
         pit::SYSTEM_CONTROL_PORT => PortDevice::SystemControl,
         rtc::INDEX_PORT | rtc::DATA_PORT => PortDevice::Rtc,
