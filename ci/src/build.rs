@@ -102,19 +102,12 @@ impl<'a> Builder<'a> {
     /// # Errors
     /// When there is neither such a guest nor such a file.
     pub fn guest(&self, name: &str) -> Result<PathBuf> {
-        if let Some(guest) = self.guests.iter().find(|guest| guest.name == name) {
-            return Ok(self.binary(&guest.target, &guest.name));
-        }
-        let path = Path::new(name);
-        if path.is_file() {
-            return path
+        match find_guest(&self.guests, name)? {
+            Some(guest) => Ok(self.binary(&guest.target, &guest.name)),
+            None => Path::new(name)
                 .canonicalize()
-                .with_context(|| format!("cannot open {name}"));
+                .with_context(|| format!("cannot open {name}")),
         }
-        let names = self.guests.iter().map(|guest| guest.name.as_str());
-        let hint = keys::suggestion(name, names);
-        let reason = "neither a file nor one of Umbra's own guests";
-        Err(BadInput(format!("guest {name}: {reason}; {hint}")).into())
     }
 
     /// Builds an application as a Hermit ELF, and returns its path.
@@ -198,6 +191,22 @@ impl<'a> Builder<'a> {
     }
 }
 
+/// Finds a guest by what the user calls it: one of our own, or none of them for a file.
+///
+/// # Errors
+/// When there is neither such a guest nor such a file.
+pub fn find_guest<'a>(guests: &'a [Guest], name: &str) -> Result<Option<&'a Guest>> {
+    if let Some(guest) = guests.iter().find(|guest| guest.name == name) {
+        return Ok(Some(guest));
+    }
+    if Path::new(name).is_file() {
+        return Ok(None);
+    }
+    let hint = keys::suggestion(name, guests.iter().map(|guest| guest.name.as_str()));
+    let reason = "neither a file nor one of Umbra's own guests";
+    Err(BadInput(format!("guest {name}: {reason}; {hint}")).into())
+}
+
 /// Reads the list of our own guests.
 ///
 /// # Errors
@@ -212,4 +221,22 @@ pub fn guests(project: &Project) -> Result<Vec<Guest>> {
 
 fn read(path: &Path) -> Result<Vec<u8>> {
     fs::read(path).with_context(|| format!("cannot read {}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn guests_are_found_by_name_or_file() {
+        let guests = guests(&Project::find()).unwrap();
+        let name = |typed| find_guest(&guests, typed).map(|guest| guest.map(|guest| &guest.name));
+        assert_eq!(name("hello").unwrap().unwrap(), "hello");
+        assert_eq!(
+            name(concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml")).unwrap(),
+            None
+        );
+        let error = name("helo").unwrap_err();
+        assert!(error.is::<BadInput>() && error.to_string().contains("did you mean `hello`?"));
+    }
 }

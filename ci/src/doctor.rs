@@ -5,7 +5,7 @@
 use anyhow::Result;
 
 use crate::command::{answer, clean, find_program};
-use crate::kvm::{self, Nested};
+use crate::kvm::{self, Nested, Unusable};
 use crate::platform::Platform;
 use crate::project::Project;
 use crate::setup::{self, Need};
@@ -108,6 +108,11 @@ fn kvm() {
         }
         Err(reason) => {
             no("kvm", &reason.to_string(), reason.fix());
+            if let (Unusable::Stopped(_) | Unusable::Hung, Some(Err(reason))) =
+                (&reason, kvm::offered())
+            {
+                println!("{:11}     besides, {reason}", "");
+            }
             println!(
                 "{:11}     instead: `--on qemu` emulates SVM, `--on bochs` emulates VMX",
                 ""

@@ -40,7 +40,7 @@ pub enum Unusable {
     #[error("it opens, but hangs on ordinary instructions")]
     Hung,
     /// KVM works, but its guests get neither VMX nor SVM.
-    #[error("it runs guests, but offers them neither VMX nor SVM (nested virtualization is off)")]
+    #[error("it offers its guests neither VMX nor SVM (nested virtualization is off)")]
     NotNested,
 }
 
@@ -206,6 +206,12 @@ fn run_program(vm: &VmFd) -> Result<(), Unusable> {
             other => return Err(Unusable::Stopped(format!("{other:?}"))),
         }
     }
+}
+
+/// What KVM's offered CPUID says, whether or not KVM can run anything; `None` without a usable
+/// device.
+pub fn offered() -> Option<Result<Nested, Unusable>> {
+    Some(nested(&Kvm::new().ok()?))
 }
 
 /// AMD APM volume 3, appendix E: CPUID 8000_0001h ECX bit 2; Intel SDM volume 2: CPUID 1 ECX bit 5.

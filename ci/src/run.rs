@@ -8,7 +8,7 @@ use clap::Args;
 use umbra_report::options::{self, Request};
 
 use crate::archive;
-use crate::build::{Application, Builder};
+use crate::build::{self, Application, Builder};
 use crate::input::BadInput;
 use crate::platform::{Boot, Console, Platform, Show};
 use crate::project::Project;
@@ -65,6 +65,9 @@ pub fn run(project: &Project, options: &Options) -> Result<u8> {
         if let Some(value) = value {
             arguments.extend([name.to_owned(), value.clone()]);
         }
+    }
+    if let Some(guest) = &options.guest {
+        build::find_guest(&build::guests(project)?, guest)?;
     }
     // Bad values are better refused here than after a boot.
     let memory_mib = host_memory_mib(&arguments)?;
