@@ -16,6 +16,7 @@ use crate::fault::{FAULT_PAGES, FaultOutcome, Step};
 use crate::host::{Host, SlotId, Touch, Zone};
 use crate::level::{ENTRIES, Level};
 use crate::page::{MAXIMUM_PAGES, PageId, PageTable};
+use crate::pool::Members;
 use crate::registers::{
     Access, Attempt, Cr3, Fault, Format, GuestPaging, HardwareControls, InvalidPdpte, PageFault,
     PagingRegisters, Pdptrs, Pkru, ShadowMode,
@@ -29,7 +30,7 @@ use crate::statistics::{Counters, Statistics};
 use crate::walk::WalkEnd;
 use crate::zap::Batch;
 use alloc::boxed::Box;
-use alloc::sync::Arc;
+use alloc::sync::{Arc, Weak};
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicU64, Ordering};
 use hashbrown::HashTable;
@@ -40,7 +41,9 @@ use umbra_vcpu::address::{Gfn, Gpa, Gva, Hpa};
 pub struct Mmu<H: Host> {
     host: H,
     config: MmuConfig,
-    pub(crate) budget: Arc<Budget>,
+    budget: Arc<Budget>,
+    /// The other MMUs under the same total limit.
+    members: Option<Weak<Members<H>>>,
     root_epoch: AtomicU64,
     state: Mutex<State>,
 }
@@ -145,10 +148,15 @@ fn zeroed_translations() -> Option<Box<[u64; ENTRIES]>> {
 impl<H: Host> Mmu<H> {
     /// An MMU without memory slots and virtual CPUs, with a total limit of its own.
     pub fn new(host: H, config: MmuConfig) -> Self {
-        Self::with_budget(host, config, Arc::new(Budget::new(usize::MAX)))
+        Self::with_budget(host, config, Arc::new(Budget::new(usize::MAX)), None)
     }
 
-    pub(crate) fn with_budget(host: H, config: MmuConfig, budget: Arc<Budget>) -> Self {
+    pub(crate) fn with_budget(
+        host: H,
+        config: MmuConfig,
+        budget: Arc<Budget>,
+        members: Option<Weak<Members<H>>>,
+    ) -> Self {
         let state = State {
             pages: PageTable::new(),
             nodes: RmapNodes::new(),
@@ -170,6 +178,7 @@ impl<H: Host> Mmu<H> {
             host,
             config,
             budget,
+            members,
             root_epoch: AtomicU64::new(0),
             state: Mutex::new(state),
         }
@@ -242,6 +251,27 @@ impl<H: Host> Mmu<H> {
                 self.dispose(top_up);
                 return Err(MmuError::OutOfMemory);
             }
+        }
+    }
+
+    /// Runs `work` with its memory at hand. If only the total limit is in the way, other VMs give
+    /// pages up, and it runs once more.
+    fn with_relief<R>(
+        &self,
+        needs: Needs,
+        work: impl Fn(&mut Core<'_, H>) -> Result<R, MmuError>,
+    ) -> Result<R, MmuError> {
+        let result = self.run(self.topped_up(needs)?, &work);
+        let Err(MmuError::NoPageAvailable(report)) = &result else {
+            return result;
+        };
+        let members = self.members.as_ref().and_then(Weak::upgrade);
+        let own_limit_holds = report.used + report.needed <= self.limit();
+        match members {
+            Some(members) if own_limit_holds && members.relieve(self, report.needed) > 0 => {
+                self.run(self.topped_up(needs)?, &work)
+            }
+            _ => result,
         }
     }
 
@@ -406,10 +436,9 @@ impl<H: Host> Mmu<H> {
         let epoch = self.root_epoch.load(Ordering::Acquire);
         let mut change = RootChange::Same;
         if vcpu.root_epoch != Some(epoch) {
-            let state = self.topped_up(ROOT)?;
-            let (changed, root) = self.run(state, |core| {
-                core.load_root(vcpu.index, &vcpu.paging)
-                    .map(|changed| (changed, core.root_address(vcpu.index, &vcpu.paging)))
+            let (changed, root) = self.with_relief(ROOT, |core| {
+                let changed = core.load_root(vcpu.index, &vcpu.paging)?;
+                Ok((changed, core.root_address(vcpu.index, &vcpu.paging)))
             })?;
             if changed || root != vcpu.root {
                 change = RootChange::Changed;
@@ -435,12 +464,11 @@ impl<H: Host> Mmu<H> {
         fault: &Fault,
     ) -> Result<FaultOutcome, MmuError> {
         loop {
-            let state = self.topped_up(FAULT)?;
-            let step = self.run(state, |core| {
+            let step = self.with_relief(FAULT, |core| {
                 let root = core.root_page(vcpu.index, &vcpu.paging, fault.gva);
                 let step = core.handle_fault(&vcpu.paging, root, fault);
                 let counters = &mut core.state.counters;
-                if !matches!(step, Ok(Step::Allocate { .. })) {
+                if matches!(step, Ok(Step::Done(_))) {
                     counters.pf_taken += 1;
                 }
                 match &step {
@@ -450,7 +478,9 @@ impl<H: Host> Mmu<H> {
                     Ok(Step::Allocate { .. }) | Err(_) => {}
                 }
                 step
-            })?;
+            });
+            let step =
+                step.inspect_err(|_| self.locked(|core| core.state.counters.pf_taken += 1))?;
             match step {
                 Step::Done(outcome) => return Ok(outcome),
                 Step::Allocate { slot, page } => {
@@ -635,8 +665,7 @@ impl<H: Host> Mmu<H> {
             core.state.limit = pages.min(MAXIMUM_PAGES);
             let excess = core.state.used.saturating_sub(core.state.limit);
             if excess > 0 {
-                let freed = core.reclaim(excess);
-                core.state.counters.mmu_recycled += freed as u64;
+                core.recycle(excess);
             }
         });
     }

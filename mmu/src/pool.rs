@@ -21,12 +21,41 @@ pub struct Shrunk {
     pub skipped: usize,
 }
 
+/// What the pool and its MMUs share.
+pub(crate) struct Members<H: Host> {
+    mmus: Mutex<Vec<Weak<Mmu<H>>>>,
+    /// Where the next scan begins.
+    rotation: AtomicUsize,
+}
+
+impl<H: Host> Members<H> {
+    /// Reclaims `wanted` pages from every VM but `asking`, for use under the common limit. Returns
+    /// how many came free. No lock may be held.
+    pub fn relieve(&self, asking: &Mmu<H>, wanted: usize) -> usize {
+        let Some(mmus) = self.mmus.try_lock() else {
+            return 0;
+        };
+        let count = mmus.len();
+        let start = self.rotation.fetch_add(1, Ordering::Relaxed);
+        let mut freed = 0;
+        for step in 0..count {
+            let Some(mmu) = mmus[(start + step) % count].upgrade() else {
+                continue;
+            };
+            if freed < wanted && !core::ptr::eq(&*mmu, asking) {
+                freed += mmu
+                    .try_locked(|core| core.recycle(wanted - freed))
+                    .unwrap_or(0);
+            }
+        }
+        freed
+    }
+}
+
 /// The MMUs that share a total limit.
 pub struct MmuPool<H: Host> {
     budget: Arc<Budget>,
-    members: Mutex<Vec<Weak<Mmu<H>>>>,
-    /// Where the next scan begins.
-    rotation: AtomicUsize,
+    members: Arc<Members<H>>,
 }
 
 impl<H: Host> MmuPool<H> {
@@ -34,15 +63,22 @@ impl<H: Host> MmuPool<H> {
     pub fn new(total_limit: usize) -> Self {
         Self {
             budget: Arc::new(Budget::new(total_limit)),
-            members: Mutex::new(Vec::new()),
-            rotation: AtomicUsize::new(0),
+            members: Arc::new(Members {
+                mmus: Mutex::new(Vec::new()),
+                rotation: AtomicUsize::new(0),
+            }),
         }
     }
 
     /// A VM's MMU that counts against the pool's limit.
     pub fn create(&self, host: H, config: MmuConfig) -> Arc<Mmu<H>> {
-        let mmu = Arc::new(Mmu::with_budget(host, config, self.budget.clone()));
-        let mut members = self.members.lock();
+        let mmu = Arc::new(Mmu::with_budget(
+            host,
+            config,
+            self.budget.clone(),
+            Some(Arc::downgrade(&self.members)),
+        ));
+        let mut members = self.members.mmus.lock();
         members.retain(|member| member.strong_count() > 0);
         members.push(Arc::downgrade(&mmu));
         mmu
@@ -58,7 +94,7 @@ impl<H: Host> MmuPool<H> {
         self.budget.limit()
     }
 
-    /// Changes the total limit. What exceeds it is recycled as VMs need pages.
+    /// Changes the total limit. What exceeds it is recycled as VMs need pages, theirs or others'.
     pub fn set_limit(&self, pages: usize) {
         self.budget.set_limit(pages);
     }
@@ -66,7 +102,7 @@ impl<H: Host> MmuPool<H> {
     /// Gives `wanted` frames back to the host if it can: caches first, then from every VM in
     /// proportion to what it holds above its floor, then whatever there is.
     pub fn scan(&self, wanted: usize) -> Shrunk {
-        let Some(members) = self.members.try_lock() else {
+        let Some(members) = self.members.mmus.try_lock() else {
             return Shrunk {
                 freed: 0,
                 skipped: 1,
@@ -77,7 +113,7 @@ impl<H: Host> MmuPool<H> {
         if count == 0 || wanted == 0 {
             return shrunk;
         }
-        let start = self.rotation.fetch_add(1, Ordering::Relaxed) % count;
+        let start = self.members.rotation.fetch_add(1, Ordering::Relaxed) % count;
         let in_rotation =
             || (0..count).filter_map(|step| members[(start + step) % count].upgrade());
         for mmu in in_rotation() {

@@ -54,8 +54,7 @@ impl<H: Host> Core<'_, H> {
         };
         let available = self.available();
         if available < trigger {
-            let freed = self.reclaim(refill - available);
-            self.state.counters.mmu_recycled += freed as u64;
+            self.recycle(refill - available);
         }
         if self.own_available() >= needed && self.budget.reserve(needed) {
             self.state.reserved += needed;
@@ -63,6 +62,13 @@ impl<H: Host> Core<'_, H> {
         } else {
             Err(self.no_page_available(needed))
         }
+    }
+
+    /// Zaps pages to make room under a limit. Returns how many were freed.
+    pub fn recycle(&mut self, wanted: usize) -> usize {
+        let freed = self.reclaim(wanted);
+        self.state.counters.mmu_recycled += freed as u64;
+        freed
     }
 
     /// Gives back reservations that were not used.

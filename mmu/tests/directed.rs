@@ -987,3 +987,37 @@ fn a_slots_flags_change_while_the_guest_runs() {
     guest.mmu.set_slot_flags(SLOT, SlotFlags::empty()).unwrap();
     assert_eq!(guest.page(write(0)), 100);
 }
+
+#[test]
+fn under_the_total_limit_one_vm_takes_from_another() {
+    let mut large = Guest::new();
+    regions(&mut large, 60);
+    for region in 0..60 {
+        large.page(read(region << 21));
+    }
+    let mut small = Guest::new();
+    let config = MmuConfig {
+        limit: 100,
+        prefetch: 1,
+        ..MmuConfig::default()
+    };
+    small.mmu = large.pool.create(small.host.clone(), config);
+    let memory = MemorySlot {
+        id: SLOT,
+        base: Gfn::new(0),
+        pages: PAGES,
+        flags: SlotFlags::empty(),
+    };
+    small.mmu.add_slot(memory).unwrap();
+    small.cpus = vec![Cpu::new(&small.mmu)];
+    let root = small.table();
+    small.map(root, 0, 100 << 12 | TABLE);
+    small.load(0, long_mode(root));
+    let held = large.mmu.used();
+    large.pool.set_limit(held);
+    assert_eq!(small.page(read(0)), 100);
+    assert_eq!(small.mmu.used(), 4);
+    assert_eq!(large.mmu.used(), held - 4);
+    assert_eq!(large.pool.count(), held);
+    large.mmu.audit().unwrap();
+}
