@@ -335,10 +335,10 @@ impl Pic {
     pub fn write(&mut self, port: u16, value: u8) {
         match port {
             MASTER_EDGE_LEVEL_PORT => {
-                set_level_triggered(&mut self.master, value & EDGE_LEVEL_WRITABLE[0])
+                set_level_triggered(&mut self.master, value & EDGE_LEVEL_WRITABLE[0]);
             }
             SLAVE_EDGE_LEVEL_PORT => {
-                set_level_triggered(&mut self.slave, value & EDGE_LEVEL_WRITABLE[1])
+                set_level_triggered(&mut self.slave, value & EDGE_LEVEL_WRITABLE[1]);
             }
             _ if port & 1 == 0 => self.chip(port).write_command(value),
             _ => self.chip(port).write_data(value),
