@@ -2,39 +2,36 @@
 
 use alloc::vec::Vec;
 
-use elf::ElfBytes;
 use elf::abi;
-use elf::endian::LittleEndian;
-use elf::note::Note;
-use elf::segment::ProgramHeader;
 use umbra_vcpu::address::Gpa;
 
-use crate::multiboot::Header;
+use crate::elf_file::{ElfFile, NumberedSegment};
+use crate::multiboot::{self, Header};
 use crate::{GuestRam, LoadError, MemoryMap};
-
-/// The note that holds a PVH entry point (Xen's public/elfnote.h).
-const XEN_ELFNOTE_PHYS32_ENTRY: u64 = 18;
 
 /// A file of a known format.
 pub enum Image<'a> {
-    /// With a Multiboot header.
-    Multiboot(Executable<'a>),
+    /// With a Multiboot header; the ELF file is there unless address fields take its place.
+    Multiboot(Executable<'a>, Option<ElfFile<'a>>),
     /// With a PVH entry note.
     Pvh(Executable<'a>),
 }
 
 /// What to put into memory, and where to begin.
+#[derive(Debug)]
 pub struct Executable<'a> {
-    /// The pieces; later ones win where they overlap.
-    pub segments: Vec<Segment<'a>>,
+    /// The pieces, in the order of their addresses. They do not overlap and are not empty.
+    segments: Vec<Segment<'a>>,
     /// The physical address of the first instruction.
-    pub entry: u32,
+    entry: u32,
 }
 
 /// A piece of the image.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub struct Segment<'a> {
-    /// Its bytes in the file.
+    /// Its number, for messages.
+    pub number: usize,
+    /// Its bytes in the file, at most `length`.
     pub bytes: &'a [u8],
     /// Where it goes.
     pub start: Gpa,
@@ -48,99 +45,129 @@ impl<'a> Image<'a> {
     /// # Errors
     /// [`LoadError`] if the format is unknown or what it says is wrong.
     pub fn parse(file: &'a [u8]) -> Result<Self, LoadError> {
-        const CLASS: usize = 4;
-        let is_elf = file.starts_with(&abi::ELFMAGIC);
-        let is_elf32 = is_elf && file.get(CLASS) == Some(&abi::ELFCLASS32);
         let header = Header::find(file)?;
-        if let Some(header) = &header {
-            if let Some(addresses) = &header.addresses {
-                return addresses
-                    .executable(file, header.offset)
-                    .map(Self::Multiboot);
-            }
-            if is_elf32 {
-                return Executable::of_elf(&parse_elf(file)?, file).map(Self::Multiboot);
-            }
+        if let Some((offset, addresses)) = header
+            .as_ref()
+            .and_then(|header| Some((header.offset, header.addresses.as_ref()?)))
+        {
+            return Ok(Self::Multiboot(addresses.executable(file, offset)?, None));
         }
-        if is_elf {
-            let elf = parse_elf(file)?;
-            if let Some(entry) = pvh_entry(&elf)? {
-                let executable = Executable {
-                    entry,
-                    ..Executable::of_elf(&elf, file)?
-                };
-                executable.check_entry(u64::from(entry))?;
-                return Ok(Self::Pvh(executable));
-            }
-            if header.is_some() {
-                return Executable::of_elf(&elf, file).map(Self::Multiboot);
-            }
+        if !ElfFile::is_elf(file) {
+            return Err(match header {
+                Some(header) => LoadError::MultibootNoAddresses {
+                    offset: header.offset as u64,
+                },
+                None => LoadError::UnknownFormat(Hint::of(file)),
+            });
         }
-        Err(LoadError::UnknownFormat { size: file.len() })
+        let elf = ElfFile::parse(file)?;
+        if header.is_some() && elf.is_32_bit() {
+            return Ok(Self::Multiboot(
+                Executable::of_elf(&elf, file, None)?,
+                Some(elf),
+            ));
+        }
+        if let Some(entry) = elf.pvh_entry()? {
+            return Ok(Self::Pvh(Executable::of_elf(&elf, file, Some(entry))?));
+        }
+        if header.is_some() {
+            return Ok(Self::Multiboot(
+                Executable::of_elf(&elf, file, None)?,
+                Some(elf),
+            ));
+        }
+        Err(LoadError::UnknownFormat(Hint::of(file)))
     }
 }
 
 impl<'a> Executable<'a> {
-    fn of_elf(elf: &ElfBytes<'a, LittleEndian>, file: &'a [u8]) -> Result<Self, LoadError> {
-        let headers = || elf.segments().into_iter().flatten();
-        let mut segments = Vec::new();
-        for (number, header) in headers().enumerate() {
-            if header.p_type == abi::PT_LOAD && header.p_memsz != 0 {
-                segments.push(Segment::of_elf(number, &header, file)?);
-            }
-        }
+    /// Segments and entry point, which must lie in one of them.
+    ///
+    /// # Errors
+    /// [`LoadError`] if there is nothing to load, segments overlap, or the entry is elsewhere.
+    pub fn new(mut segments: Vec<Segment<'a>>, entry: u64) -> Result<Self, LoadError> {
+        segments.retain(|segment| segment.length != 0);
         if segments.is_empty() {
             return Err(LoadError::NoSegments);
         }
-        // The entry point is a virtual address; the segment that holds it says where that lies.
-        let virtual_entry = elf.ehdr.e_entry;
-        let entry = headers()
-            .filter(|header| header.p_type == abi::PT_LOAD)
-            .find_map(|header| {
-                let offset = virtual_entry.checked_sub(header.p_vaddr)?;
-                (offset < header.p_memsz).then(|| header.p_paddr.checked_add(offset))?
-            })
-            .unwrap_or(virtual_entry);
-        let executable = Self {
-            segments,
-            entry: entry as u32,
-        };
-        executable.check_entry(entry)?;
-        Ok(executable)
+        segments.sort_by_key(|segment| segment.start);
+        for pair in segments.windows(2) {
+            if pair[0].end().is_none_or(|end| end > pair[1].start) {
+                return Err(LoadError::SegmentsOverlap {
+                    first: pair[0].number,
+                    second: pair[1].number,
+                    at: pair[1].start,
+                });
+            }
+        }
+        let at = Gpa::new(entry);
+        let inside =
+            |segment: &Segment<'_>| at >= segment.start && segment.end().is_none_or(|end| at < end);
+        match u32::try_from(entry) {
+            Ok(entry) if segments.iter().any(inside) => Ok(Self { segments, entry }),
+            _ => Err(LoadError::Entry(entry)),
+        }
     }
 
-    fn check_entry(&self, entry: u64) -> Result<(), LoadError> {
-        let reachable = u32::try_from(entry).is_ok()
-            && self.segments.iter().any(|segment| {
-                entry
-                    .checked_sub(segment.start.as_u64())
-                    .is_some_and(|at| at < segment.length)
-            });
-        if reachable {
-            Ok(())
-        } else {
-            Err(LoadError::Entry(entry))
-        }
+    /// What the program headers say; the entry point is the ELF header's if there is no `entry`.
+    fn of_elf(elf: &ElfFile<'a>, file: &'a [u8], entry: Option<u32>) -> Result<Self, LoadError> {
+        let loaded = || {
+            elf.segments()
+                .filter(|segment| segment.header.p_type == abi::PT_LOAD)
+        };
+        let segments = loaded()
+            .map(|segment| Segment::of_elf(&segment, file))
+            .collect::<Result<_, _>>()?;
+        // The header's entry point is a virtual address; the segment that holds it says where that
+        // lies in physical memory. Some images give the physical address itself.
+        let entry = entry.map_or_else(
+            || {
+                loaded()
+                    .find_map(|NumberedSegment { header, .. }| {
+                        let offset = elf.entry().checked_sub(header.p_vaddr)?;
+                        (offset < header.p_memsz).then(|| header.p_paddr.checked_add(offset))?
+                    })
+                    .unwrap_or(elf.entry())
+            },
+            u64::from,
+        );
+        Self::new(segments, entry)
+    }
+
+    /// The physical address of the first instruction.
+    pub fn entry(&self) -> u32 {
+        self.entry
     }
 
     /// Checks that all of it goes to RAM.
     ///
     /// # Errors
-    /// [`LoadError::NotInRam`] for the first segment that does not.
+    /// [`LoadError`] for the first segment that does not.
     pub fn check_ram(&self, map: &MemoryMap) -> Result<(), LoadError> {
-        for segment in &self.segments {
-            if !map.is_usable(segment.start, segment.length) {
-                return Err(LoadError::NotInRam {
-                    what: "a segment",
-                    start: segment.start,
-                    length: segment.length,
-                });
+        let misplaced = self
+            .segments
+            .iter()
+            .find(|segment| !map.is_usable(segment.start, segment.length));
+        match misplaced {
+            None => Ok(()),
+            Some(&Segment {
+                number,
+                start,
+                length,
+                ..
+            }) => {
+                let memory = map.size_for(start, length);
+                Err(LoadError::NotInRam {
+                    segment: number,
+                    start,
+                    length,
+                    memory,
+                })
             }
         }
-        Ok(())
     }
 
-    /// Start and end of each piece in memory.
+    /// Start and end of each piece in memory, in the order of their addresses.
     pub fn occupied(&self) -> impl Iterator<Item = (u64, u64)> {
         self.segments.iter().map(|segment| {
             let start = segment.start.as_u64();
@@ -154,71 +181,94 @@ impl<'a> Executable<'a> {
     /// [`LoadError::HostMemory`] if the host has none for it.
     pub fn write(&self, ram: &mut dyn GuestRam) -> Result<(), LoadError> {
         for segment in &self.segments {
-            let rest = segment.length - segment.bytes.len() as u64;
-            ram.write(segment.start, segment.bytes)
-                .and_then(|()| ram.zero(segment.start.wrapping_add(segment.length - rest), rest))
-                .map_err(|_| LoadError::HostMemory)?;
+            let stored = segment.bytes.len() as u64;
+            ram.write(segment.start, segment.bytes)?;
+            ram.zero(
+                segment.start.wrapping_add(stored),
+                segment.length.saturating_sub(stored),
+            )?;
         }
         Ok(())
     }
 }
 
 impl<'a> Segment<'a> {
-    fn of_elf(number: usize, header: &ProgramHeader, file: &'a [u8]) -> Result<Self, LoadError> {
-        let end = header.p_offset.saturating_add(header.p_filesz);
-        let bytes = usize::try_from(header.p_offset)
-            .ok()
-            .zip(usize::try_from(end).ok())
-            .and_then(|(start, end)| file.get(start..end))
-            .ok_or(LoadError::SegmentPastEnd {
-                segment: number,
-                end,
-                size: file.len() as u64,
-            })?;
+    fn of_elf(segment: &NumberedSegment, file: &'a [u8]) -> Result<Self, LoadError> {
+        let header = &segment.header;
+        let bytes = segment.bytes(file)?;
         if header.p_filesz > header.p_memsz {
             return Err(LoadError::SegmentShrinks {
-                segment: number,
+                segment: segment.number,
+                header: segment.offset,
                 file: header.p_filesz,
                 memory: header.p_memsz,
             });
         }
+        let start = Gpa::new(header.p_paddr);
         Ok(Self {
+            number: segment.number,
             bytes,
-            start: Gpa::new(header.p_paddr),
+            start,
             length: header.p_memsz,
         })
     }
-}
 
-fn parse_elf(file: &[u8]) -> Result<ElfBytes<'_, LittleEndian>, LoadError> {
-    let elf = ElfBytes::<LittleEndian>::minimal_parse(file).map_err(|_| LoadError::Elf {
-        part: "header or a table that it points to",
-    })?;
-    match elf.ehdr.e_machine {
-        abi::EM_386 | abi::EM_X86_64 => Ok(elf),
-        other => Err(LoadError::Machine(other)),
+    /// The first address behind it; `None` past the end of the address space.
+    fn end(&self) -> Option<Gpa> {
+        self.start.checked_add(self.length)
     }
 }
 
-fn pvh_entry(elf: &ElfBytes<'_, LittleEndian>) -> Result<Option<u32>, LoadError> {
-    let unreadable = |_| LoadError::Elf { part: "notes" };
-    for header in elf.segments().into_iter().flatten() {
-        if header.p_type != abi::PT_NOTE {
-            continue;
-        }
-        for note in elf.segment_data_as_notes(&header).map_err(unreadable)? {
-            if let Note::Unknown(note) = note
-                && note.n_type == XEN_ELFNOTE_PHYS32_ENTRY
-                && note.name_str().is_ok_and(|name| name == "Xen")
-            {
-                // Both 4 and 8 bytes are in use; the entry is a 32-bit address in either case.
-                let low = note
-                    .desc
-                    .first_chunk()
-                    .ok_or(LoadError::Elf { part: "entry note" })?;
-                return Ok(Some(u32::from_le_bytes(*low)));
-            }
+/// What a file of no known format may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hint {
+    /// Nothing known.
+    None,
+    /// It has no bytes.
+    Empty,
+    /// An ELF file that lacks what makes it a guest.
+    Elf,
+    /// A Linux bzImage.
+    BzImage,
+    /// Something compressed.
+    Compressed,
+    /// It has a Multiboot header but for its checksum.
+    MultibootChecksum {
+        /// Where the header is in the file.
+        offset: u64,
+    },
+    /// It has a header of Multiboot's second version.
+    Multiboot2,
+}
+
+impl Hint {
+    const GZIP: &'static [u8] = &[0x1f, 0x8b];
+    const XZ: &'static [u8] = &[0xfd, b'7', b'z', b'X', b'Z', 0];
+    const ZSTD: &'static [u8] = &[0x28, 0xb5, 0x2f, 0xfd];
+    const BZ_IMAGE_OFFSET: usize = 0x202;
+    const BZ_IMAGE: &'static [u8] = b"HdrS";
+
+    fn of(file: &[u8]) -> Self {
+        if file.is_empty() {
+            Self::Empty
+        } else if let Some(offset) = multiboot::header_without_checksum(file) {
+            Self::MultibootChecksum { offset }
+        } else if multiboot::has_second_version(file) {
+            Self::Multiboot2
+        } else if ElfFile::is_elf(file) {
+            Self::Elf
+        } else if file
+            .get(Self::BZ_IMAGE_OFFSET..)
+            .is_some_and(|at| at.starts_with(Self::BZ_IMAGE))
+        {
+            Self::BzImage
+        } else if [Self::GZIP, Self::XZ, Self::ZSTD]
+            .iter()
+            .any(|magic| file.starts_with(magic))
+        {
+            Self::Compressed
+        } else {
+            Self::None
         }
     }
-    Ok(None)
 }

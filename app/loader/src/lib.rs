@@ -8,13 +8,14 @@
 //! | Multiboot with ELF64 | header and ELF class, if there is no PVH note | `multiboot` |
 //!
 //! Protocol: [`load`] first reads and checks the whole image, then writes; an image that is refused
-//! has written nothing. Image bytes are hostile: every offset, size and address in them is checked
+//! has written nothing. Only a host without memory stops it halfway. Image bytes are hostile: every offset, size and address in them is checked
 //! where it is used, and a refusal is one line that says what is wrong and where.
 #![no_std]
 #![deny(unsafe_code)]
 
 extern crate alloc;
 
+mod elf_file;
 mod error;
 mod image;
 mod memory_map;
@@ -22,7 +23,7 @@ mod multiboot;
 mod placement;
 mod pvh;
 
-pub use error::LoadError;
+pub use error::{Hint, LoadError, Table};
 pub use memory_map::{MemoryKind, MemoryMap, MemoryRange};
 
 use umbra_vcpu::address::Gpa;
@@ -110,7 +111,7 @@ pub fn load(
     ram: &mut dyn GuestRam,
 ) -> Result<Loaded, LoadError> {
     match Image::parse(image)? {
-        Image::Multiboot(image) => multiboot::load(&image, request, ram),
+        Image::Multiboot(image, elf) => multiboot::load(&image, elf.as_ref(), request, ram),
         Image::Pvh(image) => pvh::load(&image, request, ram),
     }
 }

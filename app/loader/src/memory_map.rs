@@ -2,10 +2,12 @@
 
 use alloc::vec::Vec;
 
-use umbra_vcpu::address::Gpa;
+use umbra_vcpu::address::{Gpa, PAGE_SIZE};
 
 /// Where conventional memory ends: the last KiB below 640 KiB belongs to the BIOS.
 const LOW_END: u64 = 0x9_fc00;
+/// Where the RAM behind conventional memory and that KiB ends.
+const LOW_RAM_END: u64 = 0xa_0000;
 /// Where memory goes on above the legacy video and BIOS area.
 const HIGH_START: u64 = 0x10_0000;
 /// Where the hole for devices below 4 GiB begins.
@@ -91,7 +93,43 @@ impl MemoryMap {
         self.usable().any(|range| range.contains(at, length))
     }
 
-    /// Bytes of RAM that begin at 1 MiB.
+    /// The RAM behind the map in whole pages. That is more than what is usable: the page that holds
+    /// the end of conventional memory is RAM to its last byte, as on a PC.
+    pub fn ram(&self) -> impl Iterator<Item = MemoryRange> {
+        self.usable().filter_map(|range| {
+            let end = range.end().as_u64();
+            let end = if end == LOW_END {
+                LOW_RAM_END
+            } else {
+                end & !(PAGE_SIZE - 1)
+            };
+            let length = end
+                .checked_sub(range.start.as_u64())
+                .filter(|&length| length != 0)?;
+            Some(MemoryRange { length, ..*range })
+        })
+    }
+
+    /// The least size for [`MemoryMap::new`] with which `length` bytes at `at` are usable RAM; `None`
+    /// if they touch a hole.
+    pub fn size_for(&self, at: Gpa, length: u64) -> Option<u64> {
+        let end = at.checked_add(length)?.as_u64();
+        let size = if at.as_u64() >= ABOVE_4G {
+            end.checked_sub(ABOVE_4G)?.checked_add(DEVICE_HOLE)?
+        } else {
+            end
+        };
+        Self::new(size).is_usable(at, length).then_some(size)
+    }
+
+    /// Bytes of usable RAM from address 0.
+    pub fn below_1m(&self) -> u64 {
+        self.usable()
+            .find(|range| range.start.as_u64() == 0)
+            .map_or(0, |range| range.length)
+    }
+
+    /// Bytes of usable RAM that begin at 1 MiB.
     pub fn above_1m(&self) -> u64 {
         self.usable()
             .find(|range| range.start.as_u64() == HIGH_START)
@@ -118,6 +156,32 @@ mod tests {
                 (ABOVE_4G, ABOVE_4G + (2 << 30))
             ]
         );
+    }
+
+    #[test]
+    fn ram_is_whole_pages() {
+        let ram = |size| -> Vec<_> {
+            MemoryMap::new(size)
+                .ram()
+                .map(|range| (range.start.as_u64(), range.end().as_u64()))
+                .collect()
+        };
+        assert_eq!(ram(64 << 20), [(0, 0xa_0000), (HIGH_START, 64 << 20)]);
+        assert_eq!(ram((2 << 20) + 1), [(0, 0xa_0000), (HIGH_START, 2 << 20)]);
+        assert_eq!(ram(0x1fff), [(0, 0x1000)]);
+        assert_eq!(ram(0), []);
+    }
+
+    #[test]
+    fn the_size_that_has_ram_at_an_address() {
+        let map = MemoryMap::new(2 << 20);
+        let size = |at, length| map.size_for(Gpa::new(at), length);
+        assert_eq!(size(16 << 20, 1 << 20), Some(17 << 20));
+        assert_eq!(size(ABOVE_4G, 4096), Some(DEVICE_HOLE + 4096));
+        assert_eq!(size(0xa_0000, 1), None);
+        assert_eq!(size(0x9_0000, 0x10_0000), None);
+        assert_eq!(size(DEVICE_HOLE - 1, 2), None);
+        assert_eq!(size(u64::MAX, 2), None);
     }
 
     #[test]

@@ -7,8 +7,9 @@
 
 use alloc::vec::Vec;
 
-use umbra_vcpu::address::Gpa;
+use umbra_vcpu::address::{Gpa, PAGE_SIZE};
 
+use crate::elf_file::ElfFile;
 use crate::image::{Executable, Segment};
 use crate::placement::{Place, Placement, terminated};
 use crate::{EntryState, Format, GuestRam, LoadError, LoadRequest, Loaded};
@@ -21,6 +22,9 @@ const HEADER_AREA: usize = 8192;
 const KNOWN_REQUIREMENTS: u32 = 0b111;
 const REQUIREMENTS: u32 = 0xffff;
 const HAS_ADDRESSES: u32 = 1 << 16;
+/// The second version's header: magic number, and in how many bytes it lies.
+const SECOND_MAGIC: u32 = 0xe852_50d6;
+const SECOND_HEADER_AREA: usize = 32768;
 
 /// The Multiboot header of an image.
 pub struct Header {
@@ -39,6 +43,33 @@ pub struct Addresses {
     entry: u32,
 }
 
+/// The 32-bit word at a file offset.
+fn word(file: &[u8], offset: usize) -> Option<u32> {
+    Some(u32::from_le_bytes(*file.get(offset..)?.first_chunk()?))
+}
+
+/// Offsets of the 4-byte aligned words with this value in the first `area` bytes.
+fn words_equal_to(file: &[u8], area: usize, value: u32) -> impl Iterator<Item = usize> {
+    let area = &file[..file.len().min(area)];
+    (0..area.len())
+        .step_by(4)
+        .filter(move |&offset| word(area, offset) == Some(value))
+}
+
+/// Where a header is that has everything but the right checksum.
+pub fn header_without_checksum(file: &[u8]) -> Option<u64> {
+    words_equal_to(file, HEADER_AREA, HEADER_MAGIC)
+        .next()
+        .map(|offset| offset as u64)
+}
+
+/// Whether the file has a header of Multiboot's second version.
+pub fn has_second_version(file: &[u8]) -> bool {
+    words_equal_to(file, SECOND_HEADER_AREA, SECOND_MAGIC)
+        .next()
+        .is_some()
+}
+
 impl Header {
     /// Finds the header.
     ///
@@ -46,20 +77,20 @@ impl Header {
     /// [`LoadError::MultibootFlags`] if it requires what is unknown.
     pub fn find(file: &[u8]) -> Result<Option<Self>, LoadError> {
         let area = &file[..file.len().min(HEADER_AREA)];
-        for offset in (0..area.len()).step_by(4) {
-            let field = |index: usize| {
-                let bytes = area.get(offset + 4 * index..)?.first_chunk()?;
-                Some(u32::from_le_bytes(*bytes))
-            };
-            let (Some(HEADER_MAGIC), Some(flags), Some(checksum)) = (field(0), field(1), field(2))
-            else {
+        for offset in words_equal_to(file, HEADER_AREA, HEADER_MAGIC) {
+            let field = |index: usize| word(area, offset + 4 * index);
+            let (Some(flags), Some(checksum)) = (field(1), field(2)) else {
                 continue;
             };
             if HEADER_MAGIC.wrapping_add(flags).wrapping_add(checksum) != 0 {
                 continue;
             }
-            if flags & REQUIREMENTS & !KNOWN_REQUIREMENTS != 0 {
-                return Err(LoadError::MultibootFlags(flags));
+            let unknown = flags & REQUIREMENTS & !KNOWN_REQUIREMENTS;
+            if unknown != 0 {
+                return Err(LoadError::MultibootFlags {
+                    offset: offset as u64,
+                    unknown,
+                });
             }
             let addresses = if flags & HAS_ADDRESSES == 0 {
                 None
@@ -67,7 +98,11 @@ impl Header {
                 let (Some(header), Some(load), Some(load_end), Some(bss_end), Some(entry)) =
                     (field(3), field(4), field(5), field(6), field(7))
                 else {
-                    return Err(LoadError::MultibootAddresses("the header is cut off"));
+                    let reason = "it is cut off";
+                    return Err(LoadError::MultibootAddresses {
+                        offset: offset as u64,
+                        reason,
+                    });
                 };
                 Some(Addresses {
                     header,
@@ -93,126 +128,182 @@ impl Addresses {
         file: &'a [u8],
         offset: usize,
     ) -> Result<Executable<'a>, LoadError> {
-        let wrong = LoadError::MultibootAddresses;
+        let size = file.len() as u64;
+        let offset = offset as u64;
+        let wrong = |reason| LoadError::MultibootAddresses { offset, reason };
         let before_header = self
             .header
             .checked_sub(self.load)
-            .ok_or(wrong("load_addr lies above header_addr"))?;
+            .ok_or(wrong("its load_addr lies above its header_addr"))?;
         let start = offset
-            .checked_sub(before_header as usize)
-            .ok_or(wrong("load_addr lies before the start of the file"))?;
+            .checked_sub(u64::from(before_header))
+            .ok_or(wrong("its load_addr lies before the start of the file"))?;
         let end = match self.load_end {
-            0 => file.len(),
+            0 => size,
             load_end => {
                 let length = load_end
                     .checked_sub(self.load)
-                    .ok_or(wrong("load_end_addr lies below load_addr"))?;
-                start + length as usize
+                    .ok_or(wrong("its load_end_addr lies below its load_addr"))?;
+                start.saturating_add(u64::from(length))
             }
         };
-        let bytes = file.get(start..end).ok_or(LoadError::SegmentPastEnd {
-            segment: 0,
-            end: end as u64,
-            size: file.len() as u64,
-        })?;
+        let bytes = file
+            .get(start as usize..end as usize)
+            .ok_or(LoadError::MultibootPastEnd { offset, end, size })?;
+        let stored = bytes.len() as u64;
         let length = match self.bss_end {
-            0 => bytes.len() as u64,
+            0 => stored,
             bss_end => {
                 let length = bss_end
                     .checked_sub(self.load)
-                    .ok_or(wrong("bss_end_addr lies below load_addr"))?;
-                u64::from(length).max(bytes.len() as u64)
+                    .ok_or(wrong("its bss_end_addr lies below its load_addr"))?;
+                // A bss_end_addr within the file's bytes clears nothing.
+                u64::from(length).max(stored)
             }
         };
-        if !self
-            .entry
-            .checked_sub(self.load)
-            .is_some_and(|at| u64::from(at) < length)
-        {
-            return Err(LoadError::Entry(u64::from(self.entry)));
-        }
         let start = Gpa::new(u64::from(self.load));
-        let segment = Segment {
-            bytes,
-            start,
-            length,
-        };
-        Ok(Executable {
-            segments: Vec::from([segment]),
-            entry: self.entry,
-        })
+        Executable::new(
+            Vec::from([Segment {
+                number: 0,
+                bytes,
+                start,
+                length,
+            }]),
+            self.entry.into(),
+        )
     }
 }
 
 /// Loads an image and builds the information structure (3.3).
 pub fn load(
     image: &Executable<'_>,
+    elf: Option<&ElfFile<'_>>,
     request: &LoadRequest<'_>,
     ram: &mut dyn GuestRam,
 ) -> Result<Loaded, LoadError> {
     const MEMORY: u32 = 1 << 0;
     const COMMAND_LINE: u32 = 1 << 2;
     const MODULES: u32 = 1 << 3;
+    const SECTIONS: u32 = 1 << 5;
     const MEMORY_MAP: u32 = 1 << 6;
     const LOADER_NAME: u32 = 1 << 9;
     const INFORMATION_SIZE: usize = 116;
-    const LOWER_KIB: u32 = 639;
 
     let map = request.memory_map;
     image.check_ram(map)?;
     let command_line = terminated("the command line", request.command_line)?;
-    let mut placement = Placement::new(map, image.occupied());
-    let mut descriptors = Vec::new();
-    let mut names = Vec::new();
-    for module in request.modules {
-        names.push(terminated("a module's command line", module.name)?);
-        let start = placement.reserve("a module", Place::High, module.data.len() as u64)?;
-        let end = start + module.data.len() as u32;
-        descriptors.push([start, end, 0, 0]);
-    }
-
-    image.write(ram)?;
-    for ((module, name), descriptor) in request.modules.iter().zip(&names).zip(&mut descriptors) {
-        ram.write(Gpa::new(u64::from(descriptor[0])), module.data)
-            .map_err(|_| LoadError::HostMemory)?;
-        descriptor[2] = placement.put(ram, "a module's command line", Place::Low, name)?;
-    }
-    let descriptors: Vec<u8> = descriptors
-        .iter()
-        .flatten()
-        .flat_map(|f| f.to_le_bytes())
-        .collect();
     let ranges: Vec<u8> = map.ranges().iter().flat_map(memory_map_entry).collect();
-    let modules_at = placement.put(ram, "the list of modules", Place::Low, &descriptors)?;
-    let map_at = placement.put(ram, "the memory map", Place::Low, &ranges)?;
-    let command_line_at = placement.put(ram, "the command line", Place::Low, &command_line)?;
-    let name_at = placement.put(ram, "the loader's name", Place::Low, b"Umbra\0")?;
+    let ranges_length = ranges.len() as u32;
+
+    let mut placement = Placement::new(map, image.occupied());
+    let mut modules = Vec::new();
+    for module in request.modules {
+        let name = terminated("a module's command line", module.name)?;
+        let start = placement.put("a module", Place::High, module.data)?;
+        let name_at = placement.put("a module's command line", Place::Low, name)?;
+        for field in [
+            start,
+            start.saturating_add(module.data.len() as u32),
+            name_at,
+            0,
+        ] {
+            modules.extend_from_slice(&field.to_le_bytes());
+        }
+    }
+    let modules_at = placement.put("the list of modules", Place::Low, modules)?;
+    let map_at = placement.put("the memory map", Place::Low, ranges)?;
+    let command_line_at = placement.put("the command line", Place::Low, command_line)?;
+    let name_at = placement.put("the loader's name", Place::Low, &b"Umbra\0"[..])?;
+    let sections = match elf {
+        Some(elf) => place_sections(elf, &mut placement)?,
+        None => None,
+    };
 
     let mut information = [0; INFORMATION_SIZE];
     let mut set = |offset: usize, value: u32| {
         information[offset..offset + 4].copy_from_slice(&value.to_le_bytes());
     };
-    set(
-        0,
-        MEMORY | COMMAND_LINE | MODULES | MEMORY_MAP | LOADER_NAME,
-    );
-    set(4, LOWER_KIB);
+    let mut flags = MEMORY | COMMAND_LINE | MODULES | MEMORY_MAP | LOADER_NAME;
+    set(4, u32::try_from(map.below_1m() >> 10).unwrap_or(u32::MAX));
     set(8, u32::try_from(map.above_1m() >> 10).unwrap_or(u32::MAX));
     set(16, command_line_at);
     set(20, request.modules.len() as u32);
     set(24, modules_at);
-    set(44, ranges.len() as u32);
+    if let Some(fields) = sections {
+        flags |= SECTIONS;
+        for (offset, value) in (28..).step_by(4).zip(fields) {
+            set(offset, value);
+        }
+    }
+    set(44, ranges_length);
     set(48, map_at);
     set(64, name_at);
-    let ebx = placement.put(ram, "the information structure", Place::Low, &information)?;
+    set(0, flags);
+    let ebx = placement.put(
+        "the information structure",
+        Place::Low,
+        Vec::from(information),
+    )?;
+    image.write(ram)?;
+    placement.write(ram)?;
     Ok(Loaded {
         format: Format::Multiboot,
         entry: EntryState::Protected32 {
-            eip: image.entry,
+            eip: image.entry(),
             eax: LOADER_MAGIC,
             ebx,
         },
     })
+}
+
+/// Places the section header table and, as GRUB does, the sections that no segment loads (symbols,
+/// strings, debug information), and returns the information structure's four fields: number and
+/// size of entries, address, and index of the names. Symbols are a courtesy: where RAM has no room
+/// for them, they are left out.
+fn place_sections<'a>(
+    elf: &ElfFile<'a>,
+    placement: &mut Placement<'a>,
+) -> Result<Option<[u32; 4]>, LoadError> {
+    const WHAT: &str = "sections";
+    let Some(sections) = elf.sections()? else {
+        return Ok(None);
+    };
+    let mut unloaded = Vec::new();
+    let mut length: u64 = 0;
+    for (number, section) in sections.headers.iter().enumerate() {
+        let bytes = elf.section_bytes(number, &section)?;
+        if section.sh_addr == 0 && !bytes.is_empty() {
+            let alignment = match section.sh_addralign {
+                alignment if alignment.is_power_of_two() => alignment.min(PAGE_SIZE),
+                _ => 1,
+            };
+            let offset = length.next_multiple_of(alignment);
+            length = offset.saturating_add(bytes.len() as u64);
+            unloaded.push((number, offset, bytes));
+        }
+    }
+    let Ok(base) = placement.reserve(WHAT, Place::High, length) else {
+        return Ok(None);
+    };
+    let mut table = Vec::from(sections.table);
+    let (field, width) = sections.address_field;
+    for (number, offset, bytes) in unloaded {
+        // Everything lies below 4 GiB, because the whole block does.
+        let at = base + offset as u32;
+        let entry = number * sections.entry_size + field;
+        table[entry..entry + width].copy_from_slice(&u64::from(at).to_le_bytes()[..width]);
+        placement.fill(at, bytes);
+    }
+    let count = (table.len() / sections.entry_size) as u32;
+    match placement.put(WHAT, Place::High, table) {
+        Ok(at) => Ok(Some([
+            count,
+            sections.entry_size as u32,
+            at,
+            sections.names,
+        ])),
+        Err(_) => Ok(None),
+    }
 }
 
 /// One entry of the memory map: its size without that field, start, length and kind.

@@ -2,8 +2,6 @@
 
 use alloc::vec::Vec;
 
-use umbra_vcpu::address::Gpa;
-
 use crate::image::Executable;
 use crate::placement::{Place, Placement, terminated};
 use crate::{EntryState, Format, GuestRam, LoadError, LoadRequest, Loaded};
@@ -21,27 +19,20 @@ pub fn load(
     let map = request.memory_map;
     image.check_ram(map)?;
     let command_line = terminated("the command line", request.command_line)?;
+
     let mut placement = Placement::new(map, image.occupied());
     let mut modules = Vec::new();
     for module in request.modules {
         let name = terminated("a module's command line", module.name)?;
-        let start = placement.reserve("a module", Place::High, module.data.len() as u64)?;
-        modules.push((module, name, start));
-    }
-
-    image.write(ram)?;
-    let mut module_list = Vec::new();
-    for (module, name, start) in &modules {
-        ram.write(Gpa::new(u64::from(*start)), module.data)
-            .map_err(|_| LoadError::HostMemory)?;
-        let name_at = placement.put(ram, "a module's command line", Place::Low, name)?;
+        let start = placement.put("a module", Place::High, module.data)?;
+        let name_at = placement.put("a module's command line", Place::Low, name)?;
         for field in [
-            u64::from(*start),
+            u64::from(start),
             module.data.len() as u64,
             u64::from(name_at),
             0,
         ] {
-            module_list.extend_from_slice(&field.to_le_bytes());
+            modules.extend_from_slice(&field.to_le_bytes());
         }
     }
     let mut ranges = Vec::new();
@@ -50,9 +41,9 @@ pub fn load(
         ranges.extend_from_slice(&range.length.to_le_bytes());
         ranges.extend_from_slice(&u64::from(range.kind as u32).to_le_bytes());
     }
-    let modules_at = placement.put(ram, "the list of modules", Place::Low, &module_list)?;
-    let map_at = placement.put(ram, "the memory map", Place::Low, &ranges)?;
-    let command_line_at = placement.put(ram, "the command line", Place::Low, &command_line)?;
+    let modules_at = placement.put("the list of modules", Place::Low, modules)?;
+    let map_at = placement.put("the memory map", Place::Low, ranges)?;
+    let command_line_at = placement.put("the command line", Place::Low, command_line)?;
 
     let mut information = [0; START_INFO_SIZE];
     let mut set = |offset: usize, bytes: &[u8]| {
@@ -66,11 +57,13 @@ pub fn load(
     // Byte 32, the address of the RSDP, stays zero: the machine has no ACPI tables.
     set(40, &u64::from(map_at).to_le_bytes());
     set(48, &(map.ranges().len() as u32).to_le_bytes());
-    let ebx = placement.put(ram, "the start information", Place::Low, &information)?;
+    let ebx = placement.put("the start information", Place::Low, Vec::from(information))?;
+    image.write(ram)?;
+    placement.write(ram)?;
     Ok(Loaded {
         format: Format::Pvh,
         entry: EntryState::Protected32 {
-            eip: image.entry,
+            eip: image.entry(),
             eax: 0,
             ebx,
         },

@@ -1,0 +1,200 @@
+//! CPUID, control registers and model-specific registers: the machine decides what an access means,
+//! and this module carries its decision to the processor and to the shadow MMU.
+
+use core::arch::x86_64::{__cpuid_count, CpuidResult};
+
+use umbra_machine::processor::control;
+use umbra_machine::processor::features::{Features, GuestFeatures};
+use umbra_machine::processor::msr::{MsrContext, MsrEffect};
+use umbra_mmu::{Feature, GuestFeatures as MmuFeatures};
+use umbra_vcpu::event::Exception;
+use umbra_vcpu::exit::ControlRegister;
+use umbra_vcpu::registers::{CodeWidth, ControlRegisters, Gpr, SegmentRegister};
+use umbra_vcpu::{Vcpu, VcpuExt};
+use x86_64::registers::control::Cr0Flags;
+
+use crate::guest::{End, Guest};
+use crate::platform;
+
+/// CR0, CR4 and EFER as a boot protocol leaves them: protected mode without paging.
+pub fn reset(vcpu: &mut dyn Vcpu) {
+    let cr0 = Cr0Flags::PROTECTED_MODE_ENABLE | Cr0Flags::EXTENSION_TYPE;
+    vcpu.set_control_registers(ControlRegisters {
+        cr0: cr0.bits(),
+        cr2: umbra_vcpu::address::Gva::new(0),
+        cr3: 0,
+        cr4: 0,
+        cr8: 0,
+        efer: 0,
+        xcr0: 1,
+    });
+}
+
+/// The host's CPUID.
+pub fn host_cpuid(leaf: u32, subleaf: u32) -> CpuidResult {
+    __cpuid_count(leaf, subleaf)
+}
+
+/// What the shadow MMU must know of the guest's processor.
+pub fn mmu_features(features: &GuestFeatures) -> MmuFeatures {
+    let mut flags = Feature::empty();
+    flags.set(Feature::NO_EXECUTE, features.has(Features::NX));
+    flags.set(
+        Feature::GIGABYTE_PAGES,
+        features.has(Features::GIGABYTE_PAGES),
+    );
+    MmuFeatures {
+        max_physical_address: features.physical_address_bits,
+        flags,
+    }
+}
+
+/// CPUID.
+pub fn cpuid(guest: &mut Guest) -> Result<(), End> {
+    let registers = guest.vcpu.registers();
+    let (leaf, subleaf) = (
+        registers.get(Gpr::Rax) as u32,
+        registers.get(Gpr::Rcx) as u32,
+    );
+    let result = guest.cpuid.query(
+        &host_cpuid,
+        leaf,
+        subleaf,
+        &guest.vcpu.control_registers(),
+        guest.machine.msrs().apic_base(),
+    );
+    let registers = guest.vcpu.registers_mut();
+    registers.set_u32(Gpr::Rax, result.eax);
+    registers.set_u32(Gpr::Rbx, result.ebx);
+    registers.set_u32(Gpr::Rcx, result.ecx);
+    registers.set_u32(Gpr::Rdx, result.edx);
+    guest.vcpu.skip_instruction();
+    Ok(())
+}
+
+/// RDMSR.
+pub fn read_msr(guest: &mut Guest, index: u32) -> Result<(), End> {
+    let Guest { vcpu, machine, .. } = guest;
+    let context = MsrContext {
+        control: &vcpu.control_registers(),
+        hardware: &|index| vcpu.hardware_msr(index),
+        host_counter: platform::timestamp(),
+    };
+    match machine.read_msr(index, &context) {
+        Ok(value) => {
+            vcpu.registers_mut().set_edx_eax(value);
+            vcpu.skip_instruction();
+            Ok(())
+        }
+        Err(exception) => guest.raise(exception),
+    }
+}
+
+/// WRMSR.
+pub fn write_msr(guest: &mut Guest, index: u32, value: u64) -> Result<(), End> {
+    let Guest { vcpu, machine, .. } = guest;
+    let context = MsrContext {
+        control: &vcpu.control_registers(),
+        hardware: &|index| vcpu.hardware_msr(index),
+        host_counter: platform::timestamp(),
+    };
+    let effect = match machine.write_msr(index, value, &context) {
+        Ok(effect) => effect,
+        Err(exception) => return guest.raise(exception),
+    };
+    match effect {
+        MsrEffect::None | MsrEffect::ApicMode(_) => {}
+        MsrEffect::TscOffset(offset) => guest.vcpu.set_tsc_offset(offset),
+        MsrEffect::Hardware => {
+            if guest.vcpu.set_hardware_msr(index, value).is_err() {
+                return guest.raise(Exception::GENERAL_PROTECTION);
+            }
+        }
+        MsrEffect::ControlRegisters(control) => return change_control(guest, control),
+    }
+    guest.vcpu.skip_instruction();
+    Ok(())
+}
+
+/// RDTSC and RDTSCP, where the processor makes them exit.
+pub fn read_tsc(guest: &mut Guest) -> Result<(), End> {
+    let offset = guest.machine.msrs().tsc_offset();
+    let value = platform::timestamp().wrapping_add_signed(offset);
+    guest.vcpu.registers_mut().set_edx_eax(value);
+    guest.vcpu.skip_instruction();
+    Ok(())
+}
+
+/// MOV from a control register.
+pub fn read_control_register(
+    guest: &mut Guest,
+    register: ControlRegister,
+    target: Gpr,
+) -> Result<(), End> {
+    let control = guest.vcpu.control_registers();
+    let value = match register {
+        ControlRegister::Cr0 => control.cr0,
+        ControlRegister::Cr2 => control.cr2.as_u64(),
+        ControlRegister::Cr3 => control.cr3,
+        ControlRegister::Cr4 => control.cr4,
+        ControlRegister::Cr8 => control.cr8,
+    };
+    let value = match guest.vcpu.code_width() {
+        CodeWidth::Bits64 => value,
+        CodeWidth::Bits32 | CodeWidth::Bits16 => value & 0xffff_ffff,
+    };
+    guest.vcpu.registers_mut().set(target, value);
+    guest.vcpu.skip_instruction();
+    Ok(())
+}
+
+/// MOV to a control register, LMSW and CLTS.
+pub fn write_control_register(
+    guest: &mut Guest,
+    register: ControlRegister,
+    value: u64,
+) -> Result<(), End> {
+    let current = guest.vcpu.control_registers();
+    let features = guest.cpuid.features();
+    let new = match register {
+        ControlRegister::Cr0 => {
+            control::write_cr0(&current, value, &guest.vcpu.segment(SegmentRegister::Cs))
+        }
+        ControlRegister::Cr2 => Ok(ControlRegisters {
+            cr2: umbra_vcpu::address::Gva::new(value),
+            ..current
+        }),
+        ControlRegister::Cr3 => {
+            control::write_cr3(&current, value, features).map(|(control, _)| control)
+        }
+        ControlRegister::Cr4 => control::write_cr4(&current, value, features),
+        ControlRegister::Cr8 => control::write_cr8(&current, value),
+    };
+    match new {
+        Ok(new) => change_control(guest, new),
+        Err(exception) => guest.raise(exception),
+    }
+}
+
+/// XSETBV.
+pub fn set_extended_control_register(guest: &mut Guest, index: u32, value: u64) -> Result<(), End> {
+    let current = guest.vcpu.control_registers();
+    match control::write_xcr(&current, index, value, guest.cpuid.features()) {
+        Ok(new) => change_control(guest, new),
+        Err(exception) => guest.raise(exception),
+    }
+}
+
+/// Completes the instruction that leaves these control registers.
+fn change_control(guest: &mut Guest, new: ControlRegisters) -> Result<(), End> {
+    let old = guest.vcpu.control_registers();
+    let paging_changed = (old.cr0, old.cr3, old.cr4, old.efer) != (new.cr0, new.cr3, new.cr4, new.efer)
+        // Loading CR3 drops translations even if the value stays.
+        || old == new;
+    if paging_changed && guest.paging.load_registers(&new).is_err() {
+        return guest.raise(Exception::GENERAL_PROTECTION);
+    }
+    guest.vcpu.set_control_registers(new);
+    guest.vcpu.skip_instruction();
+    Ok(())
+}

@@ -1,0 +1,368 @@
+//! One guest: its processor, its shadow MMU, its machine, and the loop that runs it.
+//!
+//! Protocol of the loop: (1) point the processor at the shadow root and drop the translations that
+//! the MMU has asked to drop, (2) hand over an interrupt if one can be taken, (3) run until an
+//! exit, (4) handle the exit. Every exit is handled by one of the modules `paging`, `control`,
+//! `ports` and `mmio`; each of them either changes the guest or raises an exception in it, and
+//! whatever ends the guest comes back as an [`End`].
+
+use alloc::boxed::Box;
+use alloc::format;
+use alloc::string::String;
+use alloc::sync::Arc;
+
+use umbra_machine::processor::cpuid::CpuidPolicy;
+use umbra_machine::{Machine, Shutdown};
+use umbra_mmu::{Mmu, MmuError, RootChange};
+use umbra_report::{Exhausted, MmuCounters, Outcome, Report};
+use umbra_vcpu::event::{Exception, TripleFault, Window};
+use umbra_vcpu::exit::Exit;
+use umbra_vcpu::{EntryFailure, Flush, Vcpu};
+
+use crate::memory::GuestHost;
+use crate::paging::Paging;
+use crate::{control, mmio, platform, ports};
+
+/// The longest time that a guest runs without the loop looking at its clock, in microseconds.
+const TICK_MICROSECONDS: u64 = 10_000;
+
+/// Why a guest ends.
+#[derive(Debug)]
+pub struct End {
+    /// The kind of end.
+    pub outcome: Outcome,
+    /// One line for a human.
+    pub message: String,
+    /// What the guest wrote to its exit port.
+    pub guest_status: Option<u32>,
+    /// What was missing, if no shadow page was available.
+    pub exhausted: Option<Exhausted>,
+}
+
+impl End {
+    /// An end with no more to say than its message.
+    pub fn new(outcome: Outcome, message: impl Into<String>) -> Self {
+        Self {
+            outcome,
+            message: message.into(),
+            guest_status: None,
+            exhausted: None,
+        }
+    }
+}
+
+impl From<TripleFault> for End {
+    fn from(_: TripleFault) -> Self {
+        Self::new(
+            Outcome::TripleFault,
+            "a fault while a double fault was being delivered",
+        )
+    }
+}
+
+impl From<EntryFailure> for End {
+    fn from(failure: EntryFailure) -> Self {
+        Self::new(Outcome::EntryFailed, format!("{failure}"))
+    }
+}
+
+impl From<MmuError> for End {
+    fn from(error: MmuError) -> Self {
+        match error {
+            MmuError::OutOfMemory => Self::new(
+                Outcome::HostOutOfMemory,
+                "the image's heap has no frame left: give the image more memory",
+            ),
+            MmuError::NoPageAvailable(shortage) => {
+                let exhausted = Exhausted {
+                    needed: shortage.needed as u64,
+                    used: shortage.used as u64,
+                    limit: shortage.limit as u64,
+                    pinned: shortage.pinned as u64,
+                };
+                Self {
+                    exhausted: Some(exhausted),
+                    ..Self::new(Outcome::NoMmuPages, format!("{error}"))
+                }
+            }
+        }
+    }
+}
+
+/// A guest that is ready to run.
+pub struct Guest {
+    /// Its processor.
+    pub vcpu: Box<dyn Vcpu>,
+    /// Its view of memory.
+    pub paging: Paging,
+    /// Its devices and the registers that software keeps.
+    pub machine: Machine,
+    /// What CPUID shows it.
+    pub cpuid: CpuidPolicy,
+    /// What it has done so far.
+    pub report: Report,
+    /// The time-stamp counter at which the watchdog ends it.
+    pub deadline: Option<u64>,
+}
+
+impl Guest {
+    /// Runs the guest to its end and completes its report.
+    pub fn run(mut self) -> Report {
+        platform::interrupt_after(TICK_MICROSECONDS);
+        let start = platform::timestamp();
+        let end = loop {
+            if let Err(end) = self.step() {
+                break end;
+            }
+        };
+        let ticks = platform::timestamp() - start;
+        let mut report = self.report;
+        report.outcome = end.outcome;
+        report.exit_code = end.outcome.exit_code();
+        report.message = end.message;
+        report.guest_status = end.guest_status;
+        report.exhausted = end.exhausted;
+        report.tsc_ticks = ticks;
+        report.nanoseconds = Some(ticks.saturating_mul(1000) / platform::ticks_per_microsecond());
+        report.mmu = counters(self.paging.mmu());
+        report.unknown_ports = self.machine.unknown_ports().total();
+        report.unknown_msrs = self.machine.unknown_msrs().total();
+        report
+    }
+
+    /// Enters the guest once and handles its exit.
+    fn step(&mut self) -> Result<(), End> {
+        let root = self.paging.prepare_entry()?;
+        if root.change == RootChange::Changed {
+            self.vcpu.set_shadow_paging(root.paging);
+            self.vcpu.flush(Flush::All);
+        } else if self.paging.take_flush_request() {
+            self.vcpu.flush(Flush::All);
+        }
+        self.offer_interrupt();
+
+        let exit = self.vcpu.run(&mut self.paging)?;
+        self.report.count_exit(reason(&exit));
+        self.handle(&exit)?;
+
+        if let Some(shutdown) = self.machine.take_shutdown() {
+            return Err(end_of_machine(shutdown));
+        }
+        self.check_time()
+    }
+
+    /// Moves an interrupt from the machine's controllers to the processor, or has the processor
+    /// say when it can take it.
+    fn offer_interrupt(&mut self) {
+        if !self.machine.pending_interrupt() {
+            return;
+        }
+        if self.vcpu.windows().interrupt == Window::Open && self.vcpu.events().accepts_interrupt() {
+            if let Some(vector) = self.machine.acknowledge_interrupt() {
+                self.vcpu.events_mut().raise_interrupt(vector);
+            }
+        }
+        if self.machine.pending_interrupt() {
+            self.vcpu.request_interrupt_window();
+        }
+    }
+
+    fn check_time(&mut self) -> Result<(), End> {
+        let now = platform::timestamp();
+        if self.deadline.is_some_and(|deadline| now >= deadline) {
+            let rip = self.vcpu.registers().rip;
+            return Err(End::new(
+                Outcome::Watchdog,
+                format!("the guest ran out of its time limit, last at {rip:#x}"),
+            ));
+        }
+        self.machine.advance(self.machine.time_base().time_at(now));
+        Ok(())
+    }
+
+    /// Raises an exception in the guest.
+    pub fn raise(&mut self, exception: Exception) -> Result<(), End> {
+        self.vcpu.events_mut().raise(exception)?;
+        Ok(())
+    }
+
+    fn handle(&mut self, exit: &Exit) -> Result<(), End> {
+        match *exit {
+            Exit::PageFault {
+                address,
+                error_code,
+            } => self.page_fault(address, error_code),
+            Exit::Exception(exception) => self.raise(exception),
+            Exit::HostInterrupt | Exit::TimeSliceEnd => {
+                platform::interrupt_after(TICK_MICROSECONDS);
+                Ok(())
+            }
+            Exit::HostNmi | Exit::InterruptWindow | Exit::NmiWindow => Ok(()),
+            Exit::Cpuid => control::cpuid(self),
+            Exit::ReadMsr(index) => control::read_msr(self, index),
+            Exit::WriteMsr { index, value } => control::write_msr(self, index, value),
+            Exit::ReadControlRegister { register, target } => {
+                control::read_control_register(self, register, target)
+            }
+            Exit::WriteControlRegister { register, value } => {
+                control::write_control_register(self, register, value)
+            }
+            Exit::SetExtendedControlRegister { index, value } => {
+                control::set_extended_control_register(self, index, value)
+            }
+            Exit::InvalidatePage(address) => {
+                self.paging.invalidate_page(address);
+                self.vcpu.flush(Flush::Page(address));
+                self.vcpu.skip_instruction();
+                Ok(())
+            }
+            Exit::Io(access) => ports::access(self, access),
+            Exit::Halt => self.halt(),
+            Exit::Pause | Exit::InvalidateCaches => {
+                self.vcpu.skip_instruction();
+                Ok(())
+            }
+            Exit::ReadTsc => control::read_tsc(self),
+            Exit::Hypercall
+            | Exit::InvalidatePcid { .. }
+            | Exit::Monitor
+            | Exit::MonitorWait
+            | Exit::VirtualizationInstruction => self.raise(Exception::INVALID_OPCODE),
+            Exit::ReadPerformanceCounter => self.raise(Exception::GENERAL_PROTECTION),
+            Exit::TaskSwitch { selector, .. } => Err(self.unsupported(format!(
+                "a task switch to selector {selector:#x}; only interrupt gates are supported"
+            ))),
+            Exit::TripleFault => Err(End::new(
+                Outcome::TripleFault,
+                format!("the guest shut down at {:#x}", self.vcpu.registers().rip),
+            )),
+            Exit::Unknown {
+                reason,
+                information,
+            } => Err(self.unsupported(format!(
+                "the processor's exit reason {reason:#x} with information {information:#x}"
+            ))),
+        }
+    }
+
+    fn page_fault(
+        &mut self,
+        address: umbra_vcpu::address::Gva,
+        error_code: x86_64::structures::idt::PageFaultErrorCode,
+    ) -> Result<(), End> {
+        use umbra_mmu::FaultOutcome;
+        match self.paging.handle_fault(&*self.vcpu, address, error_code)? {
+            FaultOutcome::Fixed => Ok(()),
+            FaultOutcome::Inject(fault) => {
+                self.raise(Exception::page_fault(fault.gva, fault.error))
+            }
+            FaultOutcome::Mmio { gpa, access, .. } => mmio::access(self, address, gpa, access),
+        }
+    }
+
+    /// HLT: waits until an interrupt is due.
+    fn halt(&mut self) -> Result<(), End> {
+        self.vcpu.skip_instruction();
+        loop {
+            if self.machine.pending_interrupt() && self.vcpu.windows().interrupt == Window::Open
+                || self.vcpu.events().needs_nmi_window()
+                || !self.vcpu.events().accepts_interrupt()
+            {
+                return Ok(());
+            }
+            if self.vcpu.windows().interrupt == Window::Closed {
+                return Err(End::new(
+                    Outcome::Halted,
+                    format!(
+                        "the guest halted with interrupts off before {:#x}: nothing can wake it",
+                        self.vcpu.registers().rip
+                    ),
+                ));
+            }
+            platform::interrupt_after(TICK_MICROSECONDS);
+            platform::wait_for_interrupt();
+            self.check_time()?;
+        }
+    }
+
+    /// The end for what Umbra does not do.
+    pub fn unsupported(&self, what: impl AsRef<str>) -> End {
+        let rip = self.vcpu.registers().rip;
+        End::new(
+            Outcome::Unsupported,
+            format!("at {rip:#x}: {}", what.as_ref()),
+        )
+    }
+}
+
+fn end_of_machine(shutdown: Shutdown) -> End {
+    match shutdown {
+        Shutdown::DebugExit(0) => End {
+            guest_status: Some(0),
+            ..End::new(Outcome::Succeeded, "the guest wrote 0 to its exit port")
+        },
+        Shutdown::DebugExit(status) => End {
+            guest_status: Some(status),
+            ..End::new(
+                Outcome::Failed,
+                format!("the guest wrote {status} to its exit port"),
+            )
+        },
+        Shutdown::PowerOff => End::new(Outcome::Succeeded, "the guest powered off"),
+        Shutdown::Reset => End::new(Outcome::Reset, "the guest asked for a reset"),
+    }
+}
+
+/// The name under which an exit is counted.
+const fn reason(exit: &Exit) -> &'static str {
+    match exit {
+        Exit::PageFault { .. } => "page_fault",
+        Exit::Exception(_) => "exception",
+        Exit::HostInterrupt => "host_interrupt",
+        Exit::HostNmi => "host_nmi",
+        Exit::InterruptWindow => "interrupt_window",
+        Exit::NmiWindow => "nmi_window",
+        Exit::Cpuid => "cpuid",
+        Exit::Halt => "halt",
+        Exit::Pause => "pause",
+        Exit::Hypercall => "hypercall",
+        Exit::Io(_) => "io",
+        Exit::ReadMsr(_) => "read_msr",
+        Exit::WriteMsr { .. } => "write_msr",
+        Exit::ReadControlRegister { .. } => "read_control_register",
+        Exit::WriteControlRegister { .. } => "write_control_register",
+        Exit::InvalidatePage(_) => "invalidate_page",
+        Exit::InvalidatePcid { .. } => "invalidate_pcid",
+        Exit::InvalidateCaches => "invalidate_caches",
+        Exit::ReadTsc => "read_tsc",
+        Exit::ReadPerformanceCounter => "read_performance_counter",
+        Exit::Monitor => "monitor",
+        Exit::MonitorWait => "monitor_wait",
+        Exit::SetExtendedControlRegister { .. } => "set_extended_control_register",
+        Exit::VirtualizationInstruction => "virtualization_instruction",
+        Exit::TaskSwitch { .. } => "task_switch",
+        Exit::TripleFault => "triple_fault",
+        Exit::TimeSliceEnd => "time_slice_end",
+        Exit::Unknown { .. } => "unknown",
+    }
+}
+
+fn counters(mmu: &Arc<Mmu<GuestHost>>) -> MmuCounters {
+    let statistics = mmu.statistics();
+    MmuCounters {
+        pf_taken: statistics.pf_taken,
+        pf_fixed: statistics.pf_fixed,
+        pf_guest: statistics.pf_guest,
+        mmu_cache_miss: statistics.mmu_cache_miss,
+        mmu_recycled: statistics.mmu_recycled,
+        mmu_shadow_zapped: statistics.mmu_shadow_zapped,
+        mmu_pte_write: statistics.mmu_pte_write,
+        mmu_flooded: statistics.mmu_flooded,
+        mmu_unsync: statistics.mmu_unsync,
+        shrink_calls: statistics.shrink_calls,
+        shrink_freed: statistics.shrink_freed,
+        tlb_flush: statistics.tlb_flush,
+        mmu_pages_used: statistics.mmu_pages_used,
+        mmu_pages_limit: statistics.mmu_pages_limit,
+    }
+}

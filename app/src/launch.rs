@@ -1,0 +1,193 @@
+//! From options to a running guest: finds its files, builds its memory, loads it, and runs it.
+
+use alloc::boxed::Box;
+use alloc::format;
+use alloc::string::ToString;
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+
+use umbra_loader::{EntryState, LoadRequest, MemoryMap, Module};
+use umbra_machine::processor::cpuid::CpuidPolicy;
+use umbra_machine::{Configuration, ConsoleOutput, Machine, TimeBase};
+use umbra_mmu::{Mmu, MmuConfig};
+use umbra_report::options::Options;
+use umbra_report::{Outcome, Report};
+use umbra_vcpu::Vcpu;
+use umbra_vcpu::address::{Gfn, Gpa, PAGE_SIZE};
+use umbra_vcpu::registers::{Gpr, Segment, SegmentRegister};
+
+use crate::driver::Driver;
+use crate::guest::{End, Guest};
+use crate::memory::{GuestHost, LoaderRam, RamRange};
+use crate::paging::Paging;
+use crate::physical::HostAddressSpace;
+use crate::{archive, control, platform};
+
+/// Runs the guest that `options` ask for to its end.
+pub fn run_guest(options: &Options) -> Report {
+    let name = options
+        .guest
+        .as_deref()
+        .unwrap_or(archive::EMBEDDED_GUEST_NAME);
+    match prepare(name, options) {
+        Ok(guest) => guest.run(),
+        Err(end) => {
+            hermit::println!("umbra: {}", end.message);
+            Report::new(name, end.outcome, end.message)
+        }
+    }
+}
+
+fn prepare(name: &str, options: &Options) -> Result<Guest, End> {
+    let files = archive::find_guest(&platform::boot_modules())
+        .map_err(|message| End::new(Outcome::BadImage, message))?;
+    let driver = Driver::enable(&HostAddressSpace)
+        .map_err(|error| End::new(Outcome::NoVirtualization, format!("{error}")))?;
+
+    let memory_map = MemoryMap::new(options.memory);
+    let ranges: Vec<RamRange> = memory_map
+        .usable()
+        .map(|range| RamRange {
+            base: Gfn::containing(Gpa::new(range.start.as_u64().next_multiple_of(PAGE_SIZE))),
+            pages: (range.end().as_u64() / PAGE_SIZE)
+                .saturating_sub(range.start.as_u64().div_ceil(PAGE_SIZE)),
+        })
+        .collect();
+    let out_of_memory = |_| {
+        End::new(
+            Outcome::HostOutOfMemory,
+            format!(
+                "a guest of {} bytes does not fit the image's heap",
+                options.memory
+            ),
+        )
+    };
+    let host = GuestHost::new(&ranges).map_err(out_of_memory)?;
+
+    let module = files.initrd.map(|data| Module {
+        name: "initrd",
+        data,
+    });
+    let command_line = format!("{name} {}", options.append).trim_end().to_string();
+    let request = LoadRequest {
+        command_line: &command_line,
+        modules: module.as_slice(),
+        memory_map: &memory_map,
+    };
+    let loaded = umbra_loader::load(files.image, &request, &mut LoaderRam::new(&host))
+        .map_err(|error| End::new(Outcome::BadImage, format!("{error}")))?;
+
+    let cpuid = CpuidPolicy::new(&control::host_cpuid, &driver.limits());
+    let machine = Machine::new(Configuration {
+        time_base: TimeBase::new(
+            platform::timestamp(),
+            platform::ticks_per_microsecond() * 1_000_000,
+        ),
+        features: *cpuid.features(),
+        console: Box::new(Console::default()),
+    });
+    let guest_pages = (options.memory / PAGE_SIZE) as usize;
+    let config = MmuConfig {
+        features: control::mmu_features(cpuid.features()),
+        limit: options.mmu_pages.map_or_else(
+            || umbra_mmu::default_limit(guest_pages),
+            |pages| pages as usize,
+        ),
+        ..MmuConfig::default()
+    };
+    let slots: Vec<_> = host.memory_slots().collect();
+    let mmu = Arc::new(Mmu::new(host, config));
+    for slot in slots {
+        mmu.add_slot(slot).map_err(|error| {
+            End::new(
+                Outcome::Unsupported,
+                format!("the guest's memory map is refused: {error:?}"),
+            )
+        })?;
+    }
+
+    let mut vcpu = driver.create_vcpu(&HostAddressSpace)?;
+    let mut paging = Paging::new(mmu)?;
+    enter_state(&mut *vcpu, &loaded.entry);
+    control::reset(&mut *vcpu);
+    vcpu.set_tsc_offset(machine.msrs().tsc_offset());
+    paging
+        .load_registers(&vcpu.control_registers())
+        .map_err(|error| {
+            End::new(
+                Outcome::EntryFailed,
+                format!("the guest's first state is refused: {error:?}"),
+            )
+        })?;
+
+    let mut report = Report::new(name, Outcome::Failed, "");
+    report.driver = Some(driver.kind());
+    let deadline = options.timeout.map(|timeout| {
+        let ticks = timeout.as_micros() as u64;
+        platform::timestamp()
+            .saturating_add(ticks.saturating_mul(platform::ticks_per_microsecond()))
+    });
+    Ok(Guest {
+        vcpu,
+        paging,
+        machine,
+        cpuid,
+        report,
+        deadline,
+    })
+}
+
+/// Puts the processor where the boot protocol wants it.
+fn enter_state(vcpu: &mut dyn Vcpu, entry: &EntryState) {
+    /// Bit 1 of RFLAGS is always set.
+    const RFLAGS_FIXED: u64 = 2;
+    const CODE_SELECTOR: u16 = 0x08;
+    const DATA_SELECTOR: u16 = 0x10;
+    const TASK_SELECTOR: u16 = 0x18;
+    let EntryState::Protected32 { eip, eax, ebx } = *entry;
+    let registers = vcpu.registers_mut();
+    registers.rip = u64::from(eip);
+    registers.rflags = RFLAGS_FIXED;
+    registers.set(Gpr::Rax, u64::from(eax));
+    registers.set(Gpr::Rbx, u64::from(ebx));
+    for register in SegmentRegister::ALL {
+        let segment = match register {
+            SegmentRegister::Cs => Segment::flat_code32(CODE_SELECTOR),
+            SegmentRegister::Ldtr => Segment::UNUSABLE,
+            SegmentRegister::Tr => Segment::busy_tss(TASK_SELECTOR, 0x67),
+            _ => Segment::flat_data32(DATA_SELECTOR),
+        };
+        vcpu.set_segment(register, segment);
+    }
+}
+
+/// The guest's serial output, handed to the host's console line by line.
+#[derive(Default)]
+struct Console {
+    line: Vec<u8>,
+}
+
+impl Console {
+    /// The longest line that is held back.
+    const CAPACITY: usize = 256;
+}
+
+impl ConsoleOutput for Console {
+    fn write(&mut self, byte: u8) {
+        self.line.push(byte);
+        if byte == b'\n' || self.line.len() >= Self::CAPACITY {
+            platform::write_console(&self.line);
+            self.line.clear();
+        }
+    }
+}
+
+impl Drop for Console {
+    /// The report line must begin a line of its own.
+    fn drop(&mut self) {
+        if !self.line.is_empty() {
+            self.line.push(b'\n');
+            platform::write_console(&self.line);
+        }
+    }
+}

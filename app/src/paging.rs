@@ -1,0 +1,242 @@
+//! The guest's memory as its processor sees it: the shadow MMU with the registers that steer it.
+//!
+//! Protocol: whoever changes CR0, CR3, CR4 or EFER calls [`Paging::load_registers`] before the
+//! next entry, with the registers that the architecture's checks have passed.
+
+use alloc::sync::Arc;
+
+use umbra_mmu::{
+    Access, AccessKind, Cr3, Fault, FaultOutcome, InvalidPdpte, Marking, Mmu, MmuError, PageFault,
+    PagingRegisters, RootChange, TranslateError, Vcpu as PagingVcpu,
+};
+use umbra_vcpu::address::{Gpa, Gva, PAGE_SIZE};
+use umbra_vcpu::instruction::MAX_LENGTH;
+use umbra_vcpu::registers::ControlRegisters;
+use umbra_vcpu::{CodeReader, PrivilegeLevel, ShadowMode, ShadowPaging, Vcpu, VcpuExt};
+use x86_64::registers::control::{Cr0Flags, Cr4Flags};
+use x86_64::registers::model_specific::EferFlags;
+use x86_64::registers::rflags::RFlags;
+use x86_64::structures::idt::PageFaultErrorCode;
+
+use crate::memory::{GuestHost, Unwritable};
+
+/// A guest's shadow MMU and its one processor's part in it.
+pub struct Paging {
+    mmu: Arc<Mmu<GuestHost>>,
+    vcpu: PagingVcpu,
+    registers: PagingRegisters,
+}
+
+/// What the hardware must walk at the next entry.
+#[derive(Clone, Copy, Debug)]
+pub struct Root {
+    /// The shadow root.
+    pub paging: ShadowPaging,
+    /// Whether it is another one than at the last entry.
+    pub change: RootChange,
+}
+
+impl Paging {
+    /// The view of a processor that has just been reset.
+    ///
+    /// # Errors
+    /// [`MmuError`] if there is no memory for it.
+    pub fn new(mmu: Arc<Mmu<GuestHost>>) -> Result<Self, MmuError> {
+        let vcpu = mmu.create_vcpu()?;
+        Ok(Self {
+            mmu,
+            vcpu,
+            registers: PagingRegisters::RESET,
+        })
+    }
+
+    /// The guest's MMU.
+    pub const fn mmu(&self) -> &Arc<Mmu<GuestHost>> {
+        &self.mmu
+    }
+
+    /// Takes over changed control registers.
+    ///
+    /// # Errors
+    /// [`InvalidPdpte`] if they make the processor load page-directory pointers with reserved bits;
+    /// nothing has changed then, and the guest gets #GP(0).
+    pub fn load_registers(&mut self, control: &ControlRegisters) -> Result<(), InvalidPdpte> {
+        let mut registers = PagingRegisters {
+            cr0: Cr0Flags::from_bits_retain(control.cr0),
+            cr3: Cr3::new(control.cr3),
+            cr4: Cr4Flags::from_bits_retain(control.cr4),
+            efer: EferFlags::from_bits_retain(control.efer),
+            pdptrs: self.registers.pdptrs,
+        };
+        if registers.uses_pdptrs() {
+            registers.pdptrs = self.mmu.read_pdptrs(registers.cr3)?;
+        }
+        self.registers = registers;
+        self.mmu.load_registers(&mut self.vcpu, registers);
+        Ok(())
+    }
+
+    /// The root for the next entry.
+    ///
+    /// # Errors
+    /// [`MmuError`] if there is no page for it.
+    pub fn prepare_entry(&mut self) -> Result<Root, MmuError> {
+        let entry = self.mmu.prepare_entry(&mut self.vcpu)?;
+        let mode = match entry.mode {
+            umbra_mmu::ShadowMode::Pae => ShadowMode::Pae,
+            umbra_mmu::ShadowMode::FourLevel => ShadowMode::FourLevel,
+            umbra_mmu::ShadowMode::FiveLevel => ShadowMode::FiveLevel,
+        };
+        Ok(Root {
+            paging: ShadowPaging {
+                root: entry.root,
+                mode,
+            },
+            change: entry.change,
+        })
+    }
+
+    /// Whether the MMU has asked for a flush since the last call.
+    pub fn take_flush_request(&self) -> bool {
+        self.mmu.host().take_flush_request()
+    }
+
+    /// Handles a page fault that the hardware met in the shadow tables.
+    ///
+    /// # Errors
+    /// [`MmuError`] if there is no page to fix it with.
+    pub fn handle_fault(
+        &mut self,
+        vcpu: &dyn Vcpu,
+        gva: Gva,
+        error: PageFaultErrorCode,
+    ) -> Result<FaultOutcome, MmuError> {
+        let fault = Fault {
+            gva,
+            error,
+            cpl: vcpu.privilege_level() as u8,
+            rflags: RFlags::from_bits_retain(vcpu.registers().rflags),
+        };
+        self.mmu.handle_page_fault(&mut self.vcpu, &fault)
+    }
+
+    /// INVLPG.
+    pub fn invalidate_page(&mut self, gva: Gva) {
+        self.mmu.invalidate_page(&mut self.vcpu, gva);
+    }
+
+    /// Translates an address for an access that the host makes for the guest's current instruction.
+    ///
+    /// # Errors
+    /// The page fault that the guest must see.
+    pub fn translate(
+        &self,
+        vcpu: &dyn Vcpu,
+        gva: Gva,
+        kind: AccessKind,
+    ) -> Result<Gpa, MemoryError> {
+        let access = Access {
+            kind,
+            cpl: vcpu.privilege_level() as u8,
+            rflags: RFlags::from_bits_retain(vcpu.registers().rflags),
+            marking: Marking::SetAccessedDirty,
+        };
+        loop {
+            match self.mmu.translate(&self.vcpu, gva, &access) {
+                Ok(gpa) => return Ok(gpa),
+                Err(TranslateError::Fault(fault)) => return Err(MemoryError::Fault(fault)),
+                // Another processor has changed the tables meanwhile.
+                Err(TranslateError::Retry) => {}
+            }
+        }
+    }
+
+    /// Copies guest memory out for the current instruction.
+    ///
+    /// # Errors
+    /// The page fault that the guest must see.
+    pub fn read(&self, vcpu: &dyn Vcpu, gva: Gva, buffer: &mut [u8]) -> Result<(), MemoryError> {
+        let mut done = 0;
+        while done < buffer.len() {
+            let address = gva.wrapping_add(done as u64);
+            let part = part_in_page(address, buffer.len() - done);
+            let gpa = self.translate(vcpu, address, AccessKind::Read)?;
+            self.mmu
+                .host()
+                .ram()
+                .read(gpa, &mut buffer[done..done + part]);
+            done += part;
+        }
+        Ok(())
+    }
+
+    /// Copies bytes into guest memory for the current instruction. Either all of it is written or,
+    /// when a page faults, nothing.
+    ///
+    /// # Errors
+    /// The page fault that the guest must see.
+    pub fn write(&self, vcpu: &dyn Vcpu, gva: Gva, bytes: &[u8]) -> Result<(), MemoryError> {
+        let first_part = part_in_page(gva, bytes.len());
+        let first = self.translate(vcpu, gva, AccessKind::Write)?;
+        if first_part < bytes.len() {
+            let rest = gva.wrapping_add(first_part as u64);
+            let second = self.translate(vcpu, rest, AccessKind::Write)?;
+            self.write_physical(second, &bytes[first_part..])?;
+        }
+        self.write_physical(first, &bytes[..first_part])
+    }
+
+    fn write_physical(&self, gpa: Gpa, bytes: &[u8]) -> Result<(), MemoryError> {
+        self.mmu
+            .host()
+            .write(gpa, bytes)
+            .map_err(MemoryError::Unwritable)?;
+        self.mmu.track_guest_write(gpa, bytes.len());
+        Ok(())
+    }
+}
+
+/// Why the host could not access guest memory for the current instruction.
+#[derive(Clone, Copy, Debug)]
+pub enum MemoryError {
+    /// The guest must see this page fault.
+    Fault(PageFault),
+    /// There is no memory at the address, or the host has none to put there.
+    Unwritable(Unwritable),
+}
+
+/// How many of `length` bytes at `address` lie in its page.
+fn part_in_page(address: Gva, length: usize) -> usize {
+    ((PAGE_SIZE - address.page_offset()) as usize).min(length)
+}
+
+impl CodeReader for Paging {
+    fn read_code(
+        &mut self,
+        _control: &ControlRegisters,
+        level: PrivilegeLevel,
+        address: Gva,
+        buffer: &mut [u8; MAX_LENGTH],
+    ) -> usize {
+        let access = Access {
+            kind: AccessKind::Execute,
+            cpl: level as u8,
+            rflags: RFlags::empty(),
+            marking: Marking::Leave,
+        };
+        let mut done = 0;
+        while done < buffer.len() {
+            let part_address = address.wrapping_add(done as u64);
+            let part = part_in_page(part_address, buffer.len() - done);
+            let Ok(gpa) = self.mmu.translate(&self.vcpu, part_address, &access) else {
+                break;
+            };
+            self.mmu
+                .host()
+                .ram()
+                .read(gpa, &mut buffer[done..done + part]);
+            done += part;
+        }
+        done
+    }
+}

@@ -1,0 +1,87 @@
+//! The edge to the Hermit kernel: console, clock, boot modules, arguments, and the way out.
+//!
+//! Nothing else in the image calls the kernel, but for `physical`, which asks it for memory.
+
+use alloc::string::String;
+use alloc::vec::Vec;
+use core::arch::x86_64::_rdtsc;
+
+use umbra_report::ExitCode;
+
+/// Writes raw bytes to the console.
+pub fn write_console(bytes: &[u8]) {
+    const STANDARD_OUTPUT: i32 = 1;
+    // SAFETY: the pointer and the length are those of a live slice.
+    unsafe { hermit::syscalls::sys_write(STANDARD_OUTPUT, bytes.as_ptr(), bytes.len()) };
+}
+
+/// The words after `--` on the kernel's command line.
+pub fn arguments() -> Vec<&'static str> {
+    hermit::env::args().iter().map(String::as_str).collect()
+}
+
+/// A file that the boot loader has put into memory.
+#[derive(Clone, Copy)]
+pub struct BootModule {
+    /// Its command line.
+    pub arguments: &'static str,
+    /// Its content.
+    pub data: &'static [u8],
+}
+
+/// The boot loader's modules, in its order.
+pub fn boot_modules() -> Vec<BootModule> {
+    let Some(tree) = hermit::env::fdt() else {
+        return Vec::new();
+    };
+    let Some(chosen) = tree.find_node("/chosen") else {
+        return Vec::new();
+    };
+    chosen
+        .children()
+        .filter(|node| {
+            node.compatible()
+                .is_some_and(|names| names.all().any(|name| name == "multiboot,module"))
+        })
+        .filter_map(|node| {
+            let region = node.reg()?.next()?;
+            let arguments = node
+                .property("bootargs")
+                .and_then(|property| property.as_str());
+            // SAFETY: the boot loader has put the module there, keeps it out of the memory that it
+            // gives the kernel, and has mapped it; nothing ever writes to it.
+            let data =
+                unsafe { core::slice::from_raw_parts(region.starting_address, region.size?) };
+            Some(BootModule {
+                arguments: arguments.unwrap_or_default(),
+                data,
+            })
+        })
+        .collect()
+}
+
+/// The time-stamp counter of this core, in ticks.
+pub fn timestamp() -> u64 {
+    // SAFETY: ring 0 may always read the counter, and every 64-bit processor has one.
+    unsafe { _rdtsc() }
+}
+
+/// Ticks of the time-stamp counter in a microsecond.
+pub fn ticks_per_microsecond() -> u64 {
+    u64::from(hermit::time::frequency_mhz()).max(1)
+}
+
+/// Has the host's timer interrupt this core once, so that a guest exits by then.
+pub fn interrupt_after(microseconds: u64) {
+    hermit::time::set_oneshot_timer_us(Some(microseconds));
+}
+
+/// Waits for any interrupt.
+pub fn wait_for_interrupt() {
+    x86_64::instructions::interrupts::enable_and_hlt();
+}
+
+/// Ends the whole system with `code`, by whichever way out the platform has.
+pub fn exit(code: ExitCode) -> ! {
+    hermit::scheduler::shutdown(i32::from(code.as_u8()))
+}
