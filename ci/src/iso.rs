@@ -55,7 +55,7 @@ pub fn write(project: &Project, content: &Content<'_>, work: &Path, iso: &Path) 
     command.args(["-as", "mkisofs", "-quiet", "-graft-points", "-V", "UMBRA"]);
     command
         .arg(format!("--modification-date={DATE}"))
-        .args(["--set_all_file_dates", "set_to_mtime"]);
+        .args(["--set_all_file_dates", DATE]);
     command.args([
         "-uid",
         "0",

@@ -13,11 +13,9 @@ use crate::command::{clean, wait};
 
 pub(super) fn run(boot: &Boot<'_>, console: &Console) -> Result<Ending> {
     let mut command = command(boot);
-    command.stdout(Stdio::piped());
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
     if console.show == Show::Live && std::io::stdin().is_terminal() {
         command.stdin(Stdio::inherit());
-    } else {
-        command.stderr(Stdio::piped());
     }
     let mut child = command.spawn().context("cannot start qemu-system-x86_64")?;
     let output = child.stdout.take().context("QEMU has no output")?;
