@@ -6,6 +6,7 @@
 use core::arch::asm;
 use core::fmt;
 use core::ptr::NonNull;
+use core::sync::atomic::{AtomicPtr, Ordering};
 
 use spin::Mutex;
 use umbra_vcpu::Unsupported;
@@ -58,15 +59,17 @@ pub struct Core {
     pub(crate) host_state: PageBlock,
     /// Where VMRUN puts the rest of the host's state; the processor's own.
     _host_save_area: PageBlock,
+    /// XCR0's value between guests and the one with which state is saved; `None` without XSAVE.
+    pub(crate) host_xcr0: Option<u64>,
     pub(crate) shared: Mutex<Shared>,
+    /// Whose guest ran last: its shared registers are still loaded.
+    current: AtomicPtr<ExtendedState>,
 }
 
 /// What the guests of a core take turns with.
 #[derive(Debug)]
 pub(crate) struct Shared {
     extended_state: ExtendedStateOwner,
-    /// XCR0's value between guests and the one with which state is saved; `None` without XSAVE.
-    host_xcr0: Option<u64>,
     tsc_aux: Option<u64>,
     generation: u64,
     next_asid: u32,
@@ -139,9 +142,10 @@ impl Core {
             maps,
             host_state,
             _host_save_area: host_save_area,
+            host_xcr0,
+            current: AtomicPtr::new(core::ptr::null_mut()),
             shared: Mutex::new(Shared {
                 extended_state: ExtendedStateOwner::new(method),
-                host_xcr0,
                 tsc_aux: None,
                 generation: 1,
                 next_asid: 1,
@@ -158,7 +162,25 @@ impl Core {
     /// The extended-state components that a guest may enable in XCR0; 0 if the host does not use
     /// XSAVE, and then a guest must not set CR4.OSXSAVE.
     pub fn extended_components(&self) -> u64 {
-        self.shared.lock().host_xcr0.unwrap_or(0)
+        self.host_xcr0.unwrap_or(0)
+    }
+
+    /// Whether the guest with this extended state ran last.
+    pub(crate) fn is_current(&self, state: NonNull<ExtendedState>) -> bool {
+        self.current.load(Ordering::Relaxed) == state.as_ptr()
+    }
+
+    /// Notes that the guest with this extended state runs next.
+    pub(crate) fn set_current(&self, state: NonNull<ExtendedState>) {
+        self.current.store(state.as_ptr(), Ordering::Relaxed);
+    }
+
+    /// Forgets a guest's extended state before it is dropped.
+    pub(crate) fn release(&self, state: NonNull<ExtendedState>) {
+        if self.is_current(state) {
+            self.current.store(core::ptr::null_mut(), Ordering::Relaxed);
+        }
+        self.shared.lock().extended_state.release(state);
     }
 }
 
@@ -228,16 +250,6 @@ impl Shared {
         // promises the rest.
         unsafe { self.extended_state.acquire(state) };
     }
-
-    /// Forgets a guest's extended state before it is dropped.
-    pub fn release_extended_state(&mut self, state: NonNull<ExtendedState>) {
-        self.extended_state.release(state);
-    }
-
-    /// XCR0's value between guests.
-    pub const fn host_xcr0(&self) -> Option<u64> {
-        self.host_xcr0
-    }
 }
 
 /// Reads XCR0. The host has CR4.OSXSAVE set.
@@ -271,7 +283,6 @@ mod tests {
     fn shared(asid_count: u32) -> Shared {
         Shared {
             extended_state: ExtendedStateOwner::new(SaveMethod::Fxsave),
-            host_xcr0: None,
             tsc_aux: None,
             generation: 1,
             next_asid: 1,

@@ -119,6 +119,14 @@ impl SvmVcpu {
 
     /// Writes the event of this entry, and asks for the windows that others wait for.
     fn prepare_events(&mut self) {
+        let is_usual = self.events.is_empty()
+            && self.step.is_none()
+            && !self.nmi_masked
+            && !self.window_requested;
+        if is_usual && self.usual_events {
+            return;
+        }
+        self.usual_events = is_usual;
         let windows = self.windows();
         let event = self.events.next_event(windows);
         self.injected = event;
@@ -309,6 +317,24 @@ impl SvmVcpu {
 
     /// Gives the core's shared registers to this guest; returns DR7 if it has breakpoints.
     fn prepare_shared(&mut self, core: &Core) -> Option<u64> {
+        if self.reload || !core.is_current(self.extended_state) {
+            self.load_shared(core);
+        }
+        if let Some(host) = core.host_xcr0
+            && self.control.xcr0 != host
+            && self.uses_xsave()
+        {
+            // SAFETY: the host has OSXSAVE set; this is a subset of its XCR0.
+            unsafe { write_xcr0(self.control.xcr0 & host | 1) };
+        }
+        if self.debug.is_armed() {
+            return self.prepare_breakpoints();
+        }
+        self.vmcb_mut().save.dr7 = DR7_RESET;
+        None
+    }
+
+    fn load_shared(&mut self, core: &Core) {
         let mut shared = core.shared.lock();
         let capabilities = core.capabilities();
         let mut tlb = TlbControl::DoNothing;
@@ -340,13 +366,6 @@ impl SvmVcpu {
         // SAFETY: ring 0 with interrupts off on this core; the state is released before it is
         // freed.
         unsafe { shared.acquire_extended_state(self.extended_state) };
-        if let Some(host) = shared.host_xcr0()
-            && self.uses_xsave()
-            && self.control.xcr0 != host
-        {
-            // SAFETY: the host has OSXSAVE set; a guest's XCR0 is a subset of the host's.
-            unsafe { write_xcr0(self.control.xcr0 & host | 1) };
-        }
         if capabilities.instructions.contains(Instructions::RDTSCP) {
             // SAFETY: the processor has RDTSCP, and the value was checked when it was set.
             unsafe { shared.load_tsc_aux(self.tsc_aux) };
@@ -356,23 +375,22 @@ impl SvmVcpu {
         let control = &mut self.vmcb_mut().control;
         control.asid = asid;
         control.tlb_control = tlb as u32;
-        self.prepare_breakpoints()
+        // A flush happens once: the next entry takes it back.
+        self.reload = tlb != TlbControl::DoNothing;
+        core.set_current(self.extended_state);
     }
 
     fn prepare_breakpoints(&mut self) -> Option<u64> {
-        let mut dr7 = DR7_RESET;
-        if self.debug.is_armed() {
-            let marker = 0_u8;
-            let stack = (&raw const marker) as u64;
-            let code = entry::enter_with_breakpoints as *const () as u64;
-            dr7 = self.debug.hardware_dr7(&[
-                (
-                    Gva::new(stack.saturating_sub(STACK_MARGIN)),
-                    Gva::new(stack.saturating_add(STACK_MARGIN)),
-                ),
-                (Gva::new(code), Gva::new(code + entry::CODE_SIZE)),
-            ]);
-        }
+        let marker = 0_u8;
+        let stack = (&raw const marker) as u64;
+        let code = entry::enter_with_breakpoints as *const () as u64;
+        let dr7 = self.debug.hardware_dr7(&[
+            (
+                Gva::new(stack.saturating_sub(STACK_MARGIN)),
+                Gva::new(stack.saturating_add(STACK_MARGIN)),
+            ),
+            (Gva::new(code), Gva::new(code + entry::CODE_SIZE)),
+        ]);
         self.vmcb_mut().save.dr7 = dr7;
         if dr7 == DR7_RESET {
             return None;
@@ -387,7 +405,7 @@ impl SvmVcpu {
         if !self.uses_xsave() {
             return;
         }
-        let Some(host) = core.shared.lock().host_xcr0() else {
+        let Some(host) = core.host_xcr0 else {
             return;
         };
         // Some emulators do not know the XSETBV intercept: what the guest wrote is its XCR0.

@@ -14,7 +14,7 @@ use umbra_vcpu::registers::{
     SegmentRegister,
 };
 use umbra_vcpu::{
-    CodeReader, EntryFailure, Flush, MsrError, ShadowMode, ShadowPaging, TimeSlice, Vcpu, VcpuExt,
+    CodeReader, EntryFailure, Flush, MsrError, ShadowMode, ShadowPaging, TimeSlice, Vcpu,
 };
 use x86_64::registers::rflags::RFlags;
 
@@ -27,6 +27,7 @@ use crate::vmcb::{
     TlbControl, Vmcb,
 };
 
+const CR0_PE: u64 = 1 << 0;
 const CR0_ET: u64 = 1 << 4;
 const CR0_NE: u64 = 1 << 5;
 const CR0_WP: u64 = 1 << 16;
@@ -51,6 +52,7 @@ pub(crate) const EXCEPTIONS: u32 = 1 << vector::DEBUG
     | 1 << vector::MACHINE_CHECK;
 
 /// One guest processor under SVM.
+#[allow(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
 pub struct SvmVcpu {
     pub(crate) core: Arc<Core>,
     block: PageBlock,
@@ -65,6 +67,10 @@ pub struct SvmVcpu {
     pub(crate) flush: PendingFlush,
     /// Whether state changed from outside since the last check.
     pub(crate) unchecked: bool,
+    /// Whether something that the core's guests take turns with must be loaded again.
+    pub(crate) reload: bool,
+    /// Whether the event controls of the last entry were the usual ones.
+    pub(crate) usual_events: bool,
     pub(crate) window_requested: bool,
     pub(crate) nmi_masked: bool,
     pub(crate) step: Option<Step>,
@@ -147,6 +153,8 @@ impl SvmVcpu {
             asid: Asid::NONE,
             flush: PendingFlush::All,
             unchecked: true,
+            reload: true,
+            usual_events: false,
             window_requested: false,
             nmi_masked: false,
             step: None,
@@ -246,9 +254,20 @@ impl SvmVcpu {
         self.core.capabilities.features.contains(feature)
     }
 
-    /// How wide the code is that runs now.
+    /// How wide the code is that runs now, straight from the VMCB.
     pub(crate) fn width(&self) -> CodeWidth {
-        self.code_width()
+        let code_segment = self.vmcb().save.cs.attributes;
+        if self.control.cr0 & CR0_PE == 0
+            || self.registers.rflags & RFlags::VIRTUAL_8086_MODE.bits() != 0
+        {
+            CodeWidth::Bits16
+        } else if self.control.efer & efer::LMA != 0 && code_segment & SegmentField::LONG != 0 {
+            CodeWidth::Bits64
+        } else if code_segment & SegmentField::DEFAULT_32 != 0 {
+            CodeWidth::Bits32
+        } else {
+            CodeWidth::Bits16
+        }
     }
 
     pub(crate) fn in_interrupt_shadow(&self) -> bool {
@@ -372,10 +391,7 @@ fn intercepts(capabilities: &Capabilities) -> Result<(Intercepts4, Intercepts5),
 
 impl Drop for SvmVcpu {
     fn drop(&mut self) {
-        self.core
-            .shared
-            .lock()
-            .release_extended_state(self.extended_state);
+        self.core.release(self.extended_state);
         // SAFETY: the pointer came from a leaked box, and no core refers to it any more.
         drop(unsafe { Box::from_raw(self.extended_state.as_ptr()) });
     }
@@ -511,7 +527,10 @@ impl Vcpu for SvmVcpu {
             msr::SYSENTER_ESP => save.sysenter_esp = value,
             msr::SYSENTER_EIP => save.sysenter_eip = value,
             msr::TSC_AUX if value >> 32 != 0 => return Err(MsrError::InvalidValue),
-            msr::TSC_AUX => self.tsc_aux = value,
+            msr::TSC_AUX => {
+                self.tsc_aux = value;
+                self.reload = true;
+            }
             _ => return Err(MsrError::Unknown),
         }
         Ok(())
@@ -549,6 +568,7 @@ impl Vcpu for SvmVcpu {
     }
 
     fn flush(&mut self, flush: Flush) {
+        self.reload = true;
         self.flush = match (flush, self.flush) {
             (Flush::All, _) | (_, PendingFlush::All) => PendingFlush::All,
             (Flush::Page(page), PendingFlush::Nothing) => PendingFlush::Pages {

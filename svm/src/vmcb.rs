@@ -150,6 +150,11 @@ pub struct SegmentField {
 }
 
 impl SegmentField {
+    /// The attribute L: 64-bit code.
+    pub const LONG: u16 = 1 << 9;
+    /// The attribute D/B: 32-bit operands.
+    pub const DEFAULT_32: u16 = 1 << 10;
+
     /// The field that holds `segment`.
     pub fn from_segment(segment: &Segment) -> Self {
         let bits = segment.attributes.bits();

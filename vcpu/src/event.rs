@@ -156,6 +156,11 @@ impl EventQueue {
         }
     }
 
+    /// Whether nothing waits.
+    pub const fn is_empty(&self) -> bool {
+        self.restored.is_none() && self.exception.is_none() && !self.nmi
+    }
+
     /// Queues an exception that the last instruction, or the delivery of the restored event,
     /// raised.
     ///
@@ -364,7 +369,9 @@ mod tests {
         let mut queue = EventQueue::new();
         queue.raise_nmi();
         assert_eq!(queue.next_event(CLOSED), None);
+        assert!(!queue.is_empty());
         assert_eq!(queue.next_event(OPEN), Some(Event::Nmi));
         assert!(!queue.needs_nmi_window());
+        assert!(queue.is_empty());
     }
 }
