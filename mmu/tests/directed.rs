@@ -1021,3 +1021,32 @@ fn under_the_total_limit_one_vm_takes_from_another() {
     assert_eq!(large.pool.count(), held);
     large.mmu.audit().unwrap();
 }
+
+#[test]
+fn a_child_of_another_frame_is_not_filled() {
+    let mut guest = Guest::new();
+    let root = guest.table();
+    let (first, second, alias) = (5 << 21, 6 << 21, 1 << 30);
+    for page in 0..4 {
+        guest.map(root, first + (page << 12), (100 + page) << 12 | TABLE | D);
+        guest.map(root, second + (page << 12), (200 + page) << 12 | TABLE | D);
+    }
+    let directory = guest.get(guest.get(root, 0) >> 12, 0) >> 12;
+    guest.map(root, alias, directory << 12 | TABLE | D);
+    guest.load(0, long_mode(root));
+    assert_eq!(guest.page(read(first)), 100);
+    // The directory becomes unsync, and its entry comes to point to the other table, which has the
+    // same role. Without a flush the old mapping may be used, but the old page must not be filled
+    // from the new table.
+    assert_eq!(guest.page(write(alias)), directory);
+    let (one, two) = (guest.get(directory, 5), guest.get(directory, 6));
+    guest.set(directory, 5, two);
+    assert_eq!(guest.page(read(first + 0x1000)), 201);
+    guest.set(directory, 6, one);
+    assert_eq!(guest.page(read(second + 0x1000)), 101);
+    guest.mmu.flush_guest_tlb(&mut guest.cpus[0].vcpu);
+    for page in 0..4 {
+        assert_eq!(guest.page(read(first + (page << 12))), 200 + page);
+        assert_eq!(guest.page(read(second + (page << 12))), 100 + page);
+    }
+}
