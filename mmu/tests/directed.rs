@@ -1050,3 +1050,33 @@ fn a_child_of_another_frame_is_not_filled() {
         assert_eq!(guest.page(read(second + (page << 12))), 100 + page);
     }
 }
+
+#[test]
+fn a_new_place_for_an_old_table_shows_its_present_content() {
+    // For a translation that never existed no guest has to flush: neither for the table itself,
+    // nor for one above it.
+    for level in [2, 3, 4] {
+        let mut guest = Guest::new();
+        let root = guest.table();
+        guest.map(root, 0, 100 << 12 | TABLE | D);
+        let alias = 3 << 39;
+        let table = guest.leaf_table(root, 0);
+        guest.map(root, alias, table << 12 | TABLE | D);
+        guest.load(0, long_mode(root));
+        assert_eq!(guest.page(read(0)), 100);
+        assert_eq!(guest.page(write(alias)), table);
+        guest.set(table, 0, 101 << 12 | TABLE | D);
+        // The table's holder gets a second, new entry for the same thing below it.
+        let mut holder = root;
+        for _ in level..4 {
+            holder = guest.get(holder, 0) >> 12 & 0xff_ffff;
+        }
+        guest.set(holder, 1, guest.get(holder, 0));
+        guest.mmu.track_guest_write(Gpa::new((holder << 12) + 8), 8);
+        assert_eq!(
+            guest.page(read(1 << (12 + 9 * (level - 1)))),
+            101,
+            "level {level}"
+        );
+    }
+}

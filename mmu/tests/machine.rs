@@ -969,7 +969,10 @@ fn agrees_with_the_reference_walker() {
     let mut config = ProptestConfig::with_cases((steps / (length / 2)) as u32 + 1);
     config.max_shrink_iters = 1500;
     config.failure_persistence = Some(Box::new(
-        proptest::test_runner::FileFailurePersistence::WithSource("regressions"),
+        proptest::test_runner::FileFailurePersistence::Direct(concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/tests/machine.regressions"
+        )),
     ));
     while STEPS.load(Ordering::Relaxed) < steps {
         let mut runner = proptest::test_runner::TestRunner::new(config.clone());
