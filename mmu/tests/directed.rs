@@ -1080,3 +1080,28 @@ fn a_new_place_for_an_old_table_shows_its_present_content() {
         );
     }
 }
+
+#[test]
+fn narrowing_an_entry_reaches_every_processor() {
+    let mut guest = Guest::new();
+    let root = guest.table();
+    guest.map(root, 0, 100 << 12 | P | W | A | D);
+    let table = guest.leaf_table(root, 0);
+    guest.map(root, 1 << 30, table << 12 | TABLE | D);
+    guest.cpus.push(Cpu::new(&guest.mmu));
+    for cpu in 0..2 {
+        guest.load(cpu, long_mode(root));
+        assert_eq!(guest.try_access(cpu, write(0)).0, Ok(100));
+    }
+    // A supervisor's writable page becomes a user's read-only one, and a fault of the first processor
+    // brings that into the shadow before anybody flushes.
+    assert_eq!(guest.page(write(1 << 30)), table);
+    guest.set(table, 0, 100 << 12 | P | U | A | D);
+    assert_eq!(guest.page(by_user(read(0))), 100);
+    // After its own flush the second processor must not write any more.
+    guest.mmu.flush_guest_tlb(&mut guest.cpus[1].vcpu);
+    assert!(matches!(
+        guest.try_access(1, write(0)).0,
+        Err(FaultOutcome::Inject(_))
+    ));
+}
