@@ -134,15 +134,6 @@ impl Vmx {
         self.core.host_xcr0.unwrap_or(0)
     }
 
-    /// The extended state components that a guest may have, in the bits of XCR0.
-    pub fn extended_components(&self) -> u64 {
-        const X87_AND_SSE: u64 = 0b11;
-        match save_method() {
-            SaveMethod::Fxsave => X87_AND_SSE,
-            SaveMethod::Xsave { components } => components,
-        }
-    }
-
     pub(crate) fn core(&self) -> Rc<Core> {
         Rc::clone(&self.core)
     }
