@@ -87,10 +87,24 @@ impl Plain {
         })
     }
 
+    /// Whether `code` starts with the usual encoding; compared in place, for this is on the way of
+    /// every CPUID and HLT.
+    #[inline]
+    const fn is_usual(&self, code: &[u8]) -> bool {
+        match (self.encoding, code) {
+            (&[first], &[byte, ..]) => byte == first,
+            (&[first, second], &[byte, next, ..]) => byte == first && next == second,
+            (&[first, second, third], &[byte, next, last, ..]) => {
+                byte == first && next == second && last == third
+            }
+            _ => false,
+        }
+    }
+
     /// The length in bytes of this instruction at the start of `code`, or `None` if another one
     /// stands there.
     pub fn length(&self, code: &[u8], width: CodeWidth) -> Option<u8> {
-        if code.starts_with(self.encoding) {
+        if self.is_usual(code) {
             return Some(self.encoding.len() as u8);
         }
         let instruction = decode(code, width, 0)?;

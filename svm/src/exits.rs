@@ -168,7 +168,8 @@ impl SvmVcpu {
             self.next_rip = Some(next_rip);
             return Ok(());
         }
-        let (bytes, count) = self.read_code(code)?;
+        let mut bytes = [0; MAX_LENGTH];
+        let count = self.read_code(code, &mut bytes)?;
         let width = self.width();
         let length = plain
             .length(&bytes[..count], width)
@@ -177,23 +178,26 @@ impl SvmVcpu {
         Ok(())
     }
 
-    /// The bytes at the instruction pointer.
-    fn read_code(&self, code: &mut dyn CodeReader) -> Result<([u8; MAX_LENGTH], usize), CodeError> {
-        let mut bytes = [0; MAX_LENGTH];
+    /// Reads the bytes at the instruction pointer, and returns how many there are.
+    fn read_code(
+        &self,
+        code: &mut dyn CodeReader,
+        bytes: &mut [u8; MAX_LENGTH],
+    ) -> Result<usize, CodeError> {
         let address = self.code_address();
-        let control = self.control_registers();
-        let count = code.read_code(&control, self.privilege_level(), address, &mut bytes);
-        if count == 0 {
-            return Err(CodeError::Fetch(address));
+        let level = PrivilegeLevel::from_bits(self.vmcb().save.cpl);
+        // The kept CR2 may be an older one, but no fetch depends on it.
+        match code.read_code(&self.control, level, address, bytes) {
+            0 => Err(CodeError::Fetch(address)),
+            count => Ok(count.min(MAX_LENGTH)),
         }
-        Ok((bytes, count.min(MAX_LENGTH)))
     }
 
     fn code_address(&self) -> Gva {
         match self.width() {
             CodeWidth::Bits64 => Gva::new(self.registers.rip),
             CodeWidth::Bits32 | CodeWidth::Bits16 => {
-                let base = self.segment(SegmentRegister::Cs).base.as_u64();
+                let base = self.vmcb().save.cs.base;
                 Gva::new(base.wrapping_add(self.registers.rip) & 0xffff_ffff)
             }
         }
@@ -210,7 +214,8 @@ impl SvmVcpu {
 
     /// Decodes the instruction at the instruction pointer and notes where it ends.
     fn instruction(&mut self, code: &mut dyn CodeReader) -> Result<Instruction, CodeError> {
-        let (bytes, count) = self.read_code(code)?;
+        let mut bytes = [0; MAX_LENGTH];
+        let count = self.read_code(code, &mut bytes)?;
         let instruction = decode(&bytes[..count], self.width(), self.registers.rip)
             .ok_or_else(|| self.code_error(count))?;
         self.next_rip = Some(instruction.next_ip());
