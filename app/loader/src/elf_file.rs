@@ -68,7 +68,8 @@ impl<'a> ElfFile<'a> {
         let identity = file
             .get(..abi::EI_NIDENT)
             .ok_or(truncated(abi::EI_NIDENT))?;
-        let identity = parse_ident::<LittleEndian>(identity).map_err(identity_error)?;
+        let identity =
+            parse_ident::<LittleEndian>(identity).map_err(|error| identity_error(&error))?;
         let end = abi::EI_NIDENT
             + match identity.1 {
                 Class::ELF32 => ELF32_EHDR_TAILSIZE,
@@ -289,10 +290,10 @@ fn range(file: &[u8], start: u64, end: u64) -> Option<&[u8]> {
     file.get(usize::try_from(start).ok()?..usize::try_from(end).ok()?)
 }
 
-fn identity_error(error: ParseError) -> LoadError {
+fn identity_error(error: &ParseError) -> LoadError {
     match error {
-        ParseError::UnsupportedElfClass(class) => LoadError::ElfClass(class),
-        ParseError::UnsupportedElfEndianness(order) => LoadError::ElfByteOrder(order),
+        ParseError::UnsupportedElfClass(class) => LoadError::ElfClass(*class),
+        ParseError::UnsupportedElfEndianness(order) => LoadError::ElfByteOrder(*order),
         _ => LoadError::ElfVersion,
     }
 }

@@ -7,6 +7,7 @@
 
 use alloc::vec::Vec;
 
+use elf::abi::SHF_ALLOC;
 use umbra_vcpu::address::{Gpa, PAGE_SIZE};
 
 use crate::elf_file::ElfFile;
@@ -272,7 +273,8 @@ fn place_sections<'a>(
     let mut length: u64 = 0;
     for (number, section) in sections.headers.iter().enumerate() {
         let bytes = elf.section_bytes(number, &section)?;
-        if section.sh_addr == 0 && !bytes.is_empty() {
+        let allocated = section.sh_flags & u64::from(SHF_ALLOC) != 0;
+        if section.sh_addr == 0 && !allocated && !bytes.is_empty() {
             let alignment = match section.sh_addralign {
                 alignment if alignment.is_power_of_two() => alignment.min(PAGE_SIZE),
                 _ => 1,
