@@ -137,7 +137,7 @@ pub fn read_control_register(
         ControlRegister::Cr2 => control.cr2.as_u64(),
         ControlRegister::Cr3 => control.cr3,
         ControlRegister::Cr4 => control.cr4,
-        ControlRegister::Cr8 => control.cr8,
+        ControlRegister::Cr8 => guest.machine.task_priority(),
     };
     let value = match guest.vcpu.code_width() {
         CodeWidth::Bits64 => value,
@@ -168,7 +168,11 @@ pub fn write_control_register(
             control::write_cr3(&current, value, features).map(|(control, _)| control)
         }
         ControlRegister::Cr4 => control::write_cr4(&current, value, features),
-        ControlRegister::Cr8 => control::write_cr8(&current, value),
+        ControlRegister::Cr8 => {
+            control::write_cr8(&current, value).inspect(|new| {
+                guest.machine.set_task_priority(new.cr8);
+            })
+        }
     };
     match new {
         Ok(new) => change_control(guest, new),

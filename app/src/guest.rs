@@ -108,7 +108,7 @@ pub struct Guest {
 impl Guest {
     /// Runs the guest to its end and completes its report.
     pub fn run(mut self) -> Report {
-        platform::interrupt_after(TICK_MICROSECONDS);
+        platform::interrupt_every(TICK_MICROSECONDS);
         let start = platform::timestamp();
         let end = loop {
             if let Err(end) = self.step() {
@@ -143,17 +143,21 @@ impl Guest {
 
         let exit = self.vcpu.run(&mut self.paging)?;
         self.report.count_exit(reason(&exit));
+        self.check_time()?;
         self.handle(&exit)?;
 
-        if let Some(shutdown) = self.machine.take_shutdown() {
-            return Err(end_of_machine(shutdown));
+        match self.machine.take_shutdown() {
+            Some(shutdown) => Err(end_of_machine(shutdown)),
+            None => Ok(()),
         }
-        self.check_time()
     }
 
     /// Moves an interrupt from the machine's controllers to the processor, or has the processor
     /// say when it can take it.
     fn offer_interrupt(&mut self) {
+        if self.machine.take_nmi() {
+            self.vcpu.events_mut().raise_nmi();
+        }
         if !self.machine.pending_interrupt() {
             return;
         }
@@ -193,11 +197,12 @@ impl Guest {
                 error_code,
             } => self.page_fault(address, error_code),
             Exit::Exception(exception) => self.raise(exception),
-            Exit::HostInterrupt | Exit::TimeSliceEnd => {
-                platform::interrupt_after(TICK_MICROSECONDS);
-                Ok(())
-            }
-            Exit::HostNmi | Exit::InterruptWindow | Exit::NmiWindow => Ok(()),
+            // The loop looks at the clock and at interrupts after each exit.
+            Exit::HostInterrupt
+            | Exit::TimeSliceEnd
+            | Exit::HostNmi
+            | Exit::InterruptWindow
+            | Exit::NmiWindow => Ok(()),
             Exit::Cpuid => control::cpuid(self),
             Exit::ReadMsr(index) => control::read_msr(self, index),
             Exit::WriteMsr { index, value } => control::write_msr(self, index, value),
@@ -279,7 +284,6 @@ impl Guest {
                     ),
                 ));
             }
-            platform::interrupt_after(TICK_MICROSECONDS);
             platform::wait_for_interrupt();
             self.check_time()?;
         }

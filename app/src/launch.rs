@@ -6,14 +6,14 @@ use alloc::string::ToString;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 
-use umbra_loader::{EntryState, LoadRequest, MemoryMap, Module};
+use umbra_loader::{EntryState, LoadError, LoadRequest, MemoryMap, Module};
 use umbra_machine::processor::cpuid::CpuidPolicy;
 use umbra_machine::{Configuration, ConsoleOutput, Machine, TimeBase};
 use umbra_mmu::{Mmu, MmuConfig};
 use umbra_report::options::Options;
 use umbra_report::{Outcome, Report};
 use umbra_vcpu::Vcpu;
-use umbra_vcpu::address::{Gfn, Gpa, PAGE_SIZE};
+use umbra_vcpu::address::{Gfn, PAGE_SIZE};
 use umbra_vcpu::registers::{Gpr, Segment, SegmentRegister};
 
 use crate::driver::Driver;
@@ -46,11 +46,10 @@ fn prepare(name: &str, options: &Options) -> Result<Guest, End> {
 
     let memory_map = MemoryMap::new(options.memory);
     let ranges: Vec<RamRange> = memory_map
-        .usable()
+        .ram()
         .map(|range| RamRange {
-            base: Gfn::containing(Gpa::new(range.start.as_u64().next_multiple_of(PAGE_SIZE))),
-            pages: (range.end().as_u64() / PAGE_SIZE)
-                .saturating_sub(range.start.as_u64().div_ceil(PAGE_SIZE)),
+            base: Gfn::containing(range.start),
+            pages: range.length / PAGE_SIZE,
         })
         .collect();
     let out_of_memory = |_| {
@@ -75,7 +74,13 @@ fn prepare(name: &str, options: &Options) -> Result<Guest, End> {
         memory_map: &memory_map,
     };
     let loaded = umbra_loader::load(files.image, &request, &mut LoaderRam::new(&host))
-        .map_err(|error| End::new(Outcome::BadImage, format!("{error}")))?;
+        .map_err(|error| {
+            let outcome = match error {
+                LoadError::HostMemory => Outcome::HostOutOfMemory,
+                _ => Outcome::BadImage,
+            };
+            End::new(outcome, format!("{error}"))
+        })?;
 
     let cpuid = CpuidPolicy::new(&control::host_cpuid, &driver.limits());
     let machine = Machine::new(Configuration {

@@ -71,9 +71,9 @@ pub fn ticks_per_microsecond() -> u64 {
     u64::from(hermit::time::frequency_mhz()).max(1)
 }
 
-/// Has the host's timer interrupt this core once, so that a guest exits by then.
-pub fn interrupt_after(microseconds: u64) {
-    hermit::time::set_oneshot_timer_us(Some(microseconds));
+/// Has the host's timer interrupt this core again and again, so that a guest exits by then.
+pub fn interrupt_every(microseconds: u64) {
+    hermit::time::set_periodic_timer_us(Some(microseconds));
 }
 
 /// Waits for any interrupt.

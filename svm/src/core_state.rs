@@ -4,6 +4,7 @@
 //! is touched only with interrupts off.
 
 use core::arch::asm;
+use core::arch::x86_64::__cpuid;
 use core::fmt;
 use core::ptr::NonNull;
 use core::sync::atomic::{AtomicPtr, Ordering};
@@ -16,7 +17,7 @@ use x86_64::registers::control::{Cr0, Cr0Flags, Cr4, Cr4Flags};
 use x86_64::registers::model_specific::Msr;
 
 use crate::capability::{Capabilities, efer};
-use crate::permission::{PermissionMaps, msr};
+use crate::permission::{AddressChecks, PermissionMaps, msr};
 
 /// SVM could not be switched on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -128,7 +129,7 @@ impl Core {
             Some(components) => SaveMethod::Xsave { components },
             None => SaveMethod::Fxsave,
         };
-        let maps = PermissionMaps::new(memory)?;
+        let maps = PermissionMaps::new(memory, address_checks())?;
         let host_state = PageBlock::new(1, memory)?;
         let host_save_area = PageBlock::new(1, memory)?;
         // SAFETY: SVM exists and is not disabled, so that SVME may be set; the host-save area is a
@@ -181,6 +182,24 @@ impl Core {
             self.current.store(core::ptr::null_mut(), Ordering::Relaxed);
         }
         self.shared.lock().extended_state.release(state);
+    }
+}
+
+/// Whether this processor refuses addresses that are not canonical in WRMSR. QEMU's software
+/// emulation, which names itself in the hypervisor leaf of CPUID, does not.
+fn address_checks() -> AddressChecks {
+    const HYPERVISOR_PRESENT: u32 = 1 << 31;
+    const HYPERVISOR_LEAF: u32 = 0x4000_0000;
+    let signature = __cpuid(HYPERVISOR_LEAF);
+    let words = [signature.ebx, signature.ecx, signature.edx];
+    let tcg = words
+        .iter()
+        .flat_map(|word| word.to_le_bytes())
+        .eq(*b"TCGTCGTCGTCG");
+    if __cpuid(1).ecx & HYPERVISOR_PRESENT != 0 && tcg {
+        AddressChecks::Driver
+    } else {
+        AddressChecks::Processor
     }
 }
 

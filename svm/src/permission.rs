@@ -16,6 +16,27 @@ pub const SWITCHED_MSRS: [u32; 10] = [
     msr::SYSENTER_EIP,
 ];
 
+/// Those of the switched registers that hold a linear address: writing one that is not canonical
+/// is #GP (APM vol. 2 2.4.2 and 6.1).
+pub const ADDRESS_MSRS: [u32; 7] = [
+    msr::FS_BASE,
+    msr::GS_BASE,
+    msr::KERNEL_GS_BASE,
+    msr::LSTAR,
+    msr::CSTAR,
+    msr::SYSENTER_ESP,
+    msr::SYSENTER_EIP,
+];
+
+/// Who refuses addresses that are not canonical.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AddressChecks {
+    /// The processor, as the manual demands.
+    Processor,
+    /// Nobody but us: QEMU's software emulation takes any value. Writes must exit.
+    Driver,
+}
+
 /// Numbers of model-specific registers (APM vol. 2 appendix A).
 pub mod msr {
     #![allow(missing_docs, reason = "the manual's table is the documentation")]
@@ -38,6 +59,9 @@ pub mod msr {
 /// The I/O permission map has 12 KiB: 64 Ki ports and three bits for accesses that run past them.
 const IO_PAGES: usize = 3;
 const MSR_PAGES: usize = 2;
+/// The two bits of a register in the MSR permission map.
+const READ: u8 = 0b01;
+const WRITE: u8 = 0b10;
 
 /// Both maps. They are the same for every guest and never change.
 #[derive(Debug)]
@@ -53,7 +77,7 @@ impl PermissionMaps {
     ///
     /// # Errors
     /// [`PageBlockError`] if the host has no memory for them.
-    pub fn new(memory: &dyn HostMemory) -> Result<Self, PageBlockError> {
+    pub fn new(memory: &dyn HostMemory, checks: AddressChecks) -> Result<Self, PageBlockError> {
         let io = PageBlock::new(IO_PAGES, memory)?;
         let msr = PageBlock::new(MSR_PAGES, memory)?;
         // SAFETY: both blocks are writable over their size and nobody else knows them yet.
@@ -64,7 +88,11 @@ impl PermissionMaps {
         };
         for register in SWITCHED_MSRS {
             if let Some(position) = msr_position(register) {
-                bits[position / 8] &= !(0b11 << (position % 8));
+                let exempt = match checks {
+                    AddressChecks::Driver if ADDRESS_MSRS.contains(&register) => READ,
+                    _ => READ | WRITE,
+                };
+                bits[position / 8] &= !(exempt << (position % 8));
             }
         }
         Ok(Self { io, msr })
@@ -99,7 +127,7 @@ mod tests {
 
     #[test]
     fn only_switched_registers_do_not_exit() {
-        let maps = PermissionMaps::new(&Identity).expect("memory");
+        let maps = PermissionMaps::new(&Identity, AddressChecks::Processor).expect("memory");
         // SAFETY: the block is readable over its size.
         let bits =
             unsafe { core::slice::from_raw_parts(maps.msr.pointer().as_ptr(), maps.msr.size()) };
@@ -116,8 +144,29 @@ mod tests {
     }
 
     #[test]
+    fn writes_of_addresses_exit_where_the_processor_takes_any() {
+        let maps = PermissionMaps::new(&Identity, AddressChecks::Driver).expect("memory");
+        // SAFETY: the block is readable over its size.
+        let bits =
+            unsafe { core::slice::from_raw_parts(maps.msr.pointer().as_ptr(), maps.msr.size()) };
+        for register in SWITCHED_MSRS {
+            let position = msr_position(register).expect("in the map");
+            let expected = if ADDRESS_MSRS.contains(&register) {
+                WRITE
+            } else {
+                0
+            };
+            assert_eq!(
+                bits[position / 8] >> (position % 8) & 0b11,
+                expected,
+                "{register:#x}"
+            );
+        }
+    }
+
+    #[test]
     fn every_port_exits() {
-        let maps = PermissionMaps::new(&Identity).expect("memory");
+        let maps = PermissionMaps::new(&Identity, AddressChecks::Processor).expect("memory");
         // SAFETY: the block is readable over its size.
         let bits =
             unsafe { core::slice::from_raw_parts(maps.io.pointer().as_ptr(), maps.io.size()) };

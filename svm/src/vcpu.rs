@@ -21,7 +21,7 @@ use x86_64::registers::rflags::RFlags;
 use crate::capability::{Capabilities, Control, Features, efer};
 use crate::core_state::{Asid, Core, EnableError};
 use crate::debug::{DR6_BS, DR6_RESET, DR7_RESET, DebugRegisters};
-use crate::permission::msr;
+use crate::permission::{ADDRESS_MSRS, msr};
 use crate::vmcb::{
     INTERRUPT_SHADOW, Intercepts3, Intercepts4, Intercepts5, InterruptControl, SegmentField,
     TlbControl, Vmcb,
@@ -501,17 +501,7 @@ impl Vcpu for SvmVcpu {
     }
 
     fn set_hardware_msr(&mut self, index: u32, value: u64) -> Result<(), MsrError> {
-        let is_address = matches!(
-            index,
-            msr::FS_BASE
-                | msr::GS_BASE
-                | msr::KERNEL_GS_BASE
-                | msr::LSTAR
-                | msr::CSTAR
-                | msr::SYSENTER_ESP
-                | msr::SYSENTER_EIP
-        );
-        if is_address && !is_canonical(value, self.control.cr4) {
+        if ADDRESS_MSRS.contains(&index) && !is_canonical(value, self.control.cr4) {
             return Err(MsrError::InvalidValue);
         }
         let save = &mut self.vmcb_mut().save;
