@@ -8,7 +8,14 @@
 //! function that enters a guest.
 //!
 //! Emulators without NRIPS and decode assists are first-class here: lengths and operands come from
-//! the instruction bytes where the processor does not give them.
+//! the instruction bytes where the processor does not give them. What QEMU 7.2's emulation lacks:
+//!
+//! - no XSETBV intercept: XCR0 is read back after each exit of a guest that uses XSAVE;
+//! - breakpoints are armed by MOV to DR7 only: `entry` writes DR7 on both sides of VMRUN;
+//! - an injected exception is forgotten when its delivery faults: see `prepare_events`;
+//! - no task-switch intercept: a guest outside long mode can load CR3 from a task-state segment.
+//!   The driver notices at the next exit and ends the guest, but between the two the guest has run
+//!   on tables of its own choice. Under that emulator, guests are not contained.
 #![no_std]
 
 extern crate alloc;
