@@ -95,6 +95,11 @@ impl Report {
         self.is_valid() && (self.information >> 8) & 7 == NMI
     }
 
+    /// Whether the event is the #DB of INT1, a trap that the instruction itself raised.
+    pub const fn is_int1(self) -> bool {
+        self.is_valid() && (self.information >> 8) & 7 == PRIVILEGED_SOFTWARE_EXCEPTION
+    }
+
     /// Whether the exit happened in an IRET that had unblocked NMIs, so that they must be blocked
     /// again before it runs once more (SDM vol. 3C 28.2.3).
     pub const fn unblocked_nmis(self) -> bool {
@@ -225,6 +230,16 @@ mod tests {
         };
         assert_eq!(report.event(Gva::new(0)), None);
         assert!(!report.is_nmi());
+    }
+
+    #[test]
+    fn int1_differs_from_other_debug_exceptions() {
+        let report = |kind: u32| Report {
+            information: VALID | kind << 8 | u32::from(vector::DEBUG),
+            ..Report::default()
+        };
+        assert!(report(PRIVILEGED_SOFTWARE_EXCEPTION).is_int1());
+        assert!(!report(HARDWARE_EXCEPTION).is_int1());
     }
 
     #[test]

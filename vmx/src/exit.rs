@@ -91,6 +91,10 @@ impl RawExit {
                     error_code: vmcs.read(fields::EXIT_INTERRUPTION_ERROR_CODE),
                     instruction_length: 0,
                 };
+                if exit.interruption.is_int1() {
+                    exit.interruption.instruction_length =
+                        vmcs.read(fields::EXIT_INSTRUCTION_LENGTH);
+                }
                 exit.vectoring = read_vectoring(vmcs);
             }
             reason::CPUID

@@ -332,6 +332,9 @@ impl VmxVcpu {
         let event = self.events.next_event(windows);
         if let Some(event) = &event {
             self.write_injection(vmcs, event);
+            // The delivery ends a shadow; left set, it could contradict the pending single step.
+            self.interruptibility
+                .remove(Interruptibility::STI | Interruptibility::MOV_SS);
         }
         let mut primary = self.core.capabilities.primary;
         // An STI shadow hides NMIs, too, but only the interrupt window waits for its end.
@@ -521,6 +524,11 @@ impl VmxVcpu {
             Exit::Exception(exception) => match exception.vector {
                 // SAFETY: the host's table has a handler for machine checks.
                 vector::MACHINE_CHECK => unsafe { asm!("int 18") },
+                // INT1 is a trap: its handler returns past it, and it leaves DR6 alone.
+                vector::DEBUG if raw.interruption.is_int1() => {
+                    let length = u64::from(raw.interruption.instruction_length);
+                    self.registers.rip = self.registers.rip.wrapping_add(length);
+                }
                 vector::DEBUG => {
                     bank::report_debug_conditions(raw.qualification);
                     // Delivery clears DR7.GD (SDM vol. 3B 18.2.4).
