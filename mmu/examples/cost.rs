@@ -8,13 +8,16 @@
 //! The cost of one is the difference between two counts. `fill COUNT` fills 4 KiB mappings whose
 //! tables are all shadowed; `build COUNT` fills mappings that need three new pages each;
 //! `zap PAGES BATCH` makes leaf tables and shrinks them away in batches.
-#![allow(clippy::precedence, reason = "bits are written as the manual draws them")]
+#![allow(
+    clippy::precedence,
+    reason = "bits are written as the manual draws them"
+)]
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use umbra_mmu::{
-    Fault, Frames, GuestMemory, MemorySlot, MmuConfig, MmuPool, OutOfMemory, PagingRegisters, SlotFlags,
-    SlotId, TlbFlush, Touch, Zone,
+    Fault, Frames, GuestMemory, MemorySlot, MmuConfig, MmuPool, OutOfMemory, PagingRegisters,
+    SlotFlags, SlotId, TlbFlush, Touch, Zone,
 };
 use umbra_vcpu::address::{Gfn, Gva, Hpa, Pfn};
 use x86_64::registers::control::{Cr0Flags, Cr4Flags, EferFlags};
@@ -56,13 +59,18 @@ impl GuestMemory for Host {
         current: u64,
         new: u64,
     ) -> Result<u64, u64> {
-        self.word(frame.as_u64(), offset / 8).compare_exchange(current, new, Relaxed, Relaxed)
+        self.word(frame.as_u64(), offset / 8)
+            .compare_exchange(current, new, Relaxed, Relaxed)
     }
 }
 
 impl Frames for Host {
     fn allocate(&self, _: Zone) -> Option<Hpa> {
-        self.free.lock().ok()?.pop().map(|frame| Pfn::new(frame).base())
+        self.free
+            .lock()
+            .ok()?
+            .pop()
+            .map(|frame| Pfn::new(frame).base())
     }
     fn free(&self, frame: Hpa) {
         if let Ok(mut free) = self.free.lock() {
@@ -85,7 +93,8 @@ impl Frames for Host {
         current: u64,
         new: u64,
     ) -> Result<u64, u64> {
-        self.entry(frame, index).compare_exchange(current, new, Relaxed, Relaxed)
+        self.entry(frame, index)
+            .compare_exchange(current, new, Relaxed, Relaxed)
     }
 }
 
@@ -98,7 +107,10 @@ const LINK: u64 = 0x67;
 fn main() {
     let arguments: Vec<String> = std::env::args().collect();
     let number = |index: usize| -> u64 {
-        arguments.get(index).and_then(|text| text.parse().ok()).unwrap_or(1000)
+        arguments
+            .get(index)
+            .and_then(|text| text.parse().ok())
+            .unwrap_or(1000)
     };
     let what = arguments.get(1).map_or("fill", String::as_str);
     let count = number(2);
@@ -115,9 +127,18 @@ fn main() {
         host.word(4, index).store(5 << 12 | LINK, Relaxed);
     }
     let pool = MmuPool::new(usize::MAX);
-    let config = MmuConfig { limit: 1 << 20, prefetch: 1, ..MmuConfig::default() };
+    let config = MmuConfig {
+        limit: 1 << 20,
+        prefetch: 1,
+        ..MmuConfig::default()
+    };
     let mmu = pool.create(host, config);
-    let memory = MemorySlot { id: SlotId(0), base: Gfn::new(0), pages: 8, flags: SlotFlags::empty() };
+    let memory = MemorySlot {
+        id: SlotId(0),
+        base: Gfn::new(0),
+        pages: 8,
+        flags: SlotFlags::empty(),
+    };
     mmu.add_slot(memory).expect("the first slot");
     let mut vcpu = mmu.create_vcpu().expect("memory");
     let registers = PagingRegisters {

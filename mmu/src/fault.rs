@@ -1,5 +1,6 @@
 //! The page-fault handler: walk the guest's tables, then make the shadow's path say the same.
 
+use crate::config::MINIMUM_FREE_PAGES;
 use crate::error::{MmuError, NoPageAvailable};
 use crate::host::{Host, SlotId, Touch};
 use crate::level::Level;
@@ -160,6 +161,13 @@ impl<H: Host> Core<'_, H> {
         gva: Gva,
         level: Level,
     ) -> Result<(), MmuError> {
+        // The usual case: there is room for a page at every level, whatever exists already.
+        let top = self.state.pages[root.id()].role.level;
+        let most = usize::from(top.number().saturating_sub(level.number()));
+        if self.available() >= most + MINIMUM_FREE_PAGES && self.budget.reserve(most) {
+            self.state.reserved += most;
+            return Ok(());
+        }
         // Making room may zap pages on the path itself, so what is missing is counted anew until
         // it is covered: at most once for each level.
         loop {
@@ -227,9 +235,12 @@ impl<H: Host> Core<'_, H> {
     ) {
         let target = memory.map_or(Level::One, |(_, level)| level);
         let mut page = root;
+        let mut in_doubt = false;
         loop {
             let level = self.state.pages[page.id()].role.level;
-            if !self.is_current(page, walk) {
+            // What was read is only in doubt after a table was write-protected anew: until the flush
+            // for it, another processor may have gone on writing.
+            if in_doubt && !self.is_current(page, walk) {
                 return;
             }
             let index = level.index(gva);
@@ -249,6 +260,7 @@ impl<H: Host> Core<'_, H> {
                     let Some(child) = self.get_page(gfn, role) else {
                         return;
                     };
+                    in_doubt = true;
                     // To get the page may have taken a flush, in which another processor changed
                     // the entry that leads to it, or another walk zapped the parent.
                     if self.state.pages.active(page.id()).is_none() || !self.is_current(page, walk)

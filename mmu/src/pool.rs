@@ -42,7 +42,7 @@ impl<H: Host> Members<H> {
             let Some(mmu) = mmus[(start + step) % count].upgrade() else {
                 continue;
             };
-            if freed < wanted && !core::ptr::eq(&*mmu, asking) {
+            if freed < wanted && !core::ptr::eq(Arc::as_ptr(&mmu), asking) {
                 freed += mmu
                     .try_locked(|core| core.recycle(wanted - freed))
                     .unwrap_or(0);

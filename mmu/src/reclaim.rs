@@ -39,10 +39,14 @@ impl<H: Host> Core<'_, H> {
 
     /// Pages that may still be made.
     pub fn available(&self) -> usize {
-        self.state
-            .limit
-            .saturating_sub(self.state.used)
-            .min(self.budget.available())
+        self.own_available().min(self.budget.available())
+    }
+
+    /// Pages too many for `more` to fit, where the limit may have been lowered below what is held.
+    fn excess_with(&self, more: usize) -> usize {
+        let own = (self.state.used + self.state.reserved + more).saturating_sub(self.state.limit);
+        let total = (self.budget.used() + more).saturating_sub(self.budget.limit());
+        own.max(total)
     }
 
     /// Reserves `needed` pages, zapping others if it must.
@@ -52,9 +56,8 @@ impl<H: Host> Core<'_, H> {
         } else {
             (needed, needed)
         };
-        let available = self.available();
-        if available < trigger {
-            self.recycle(refill - available);
+        if self.available() < trigger {
+            self.recycle(self.excess_with(refill));
         }
         if self.own_available() >= needed && self.budget.reserve(needed) {
             self.state.reserved += needed;

@@ -1105,3 +1105,33 @@ fn narrowing_an_entry_reaches_every_processor() {
         Err(FaultOutcome::Inject(_))
     ));
 }
+
+#[test]
+fn a_table_inside_a_large_page_is_write_protected() {
+    let mut guest = Guest::new();
+    let (root, pointers, directory) = (guest.table(), guest.table(), guest.table());
+    guest.set(root, 0, pointers << 12 | TABLE);
+    guest.set(pointers, 0, directory << 12 | TABLE);
+    guest.set(directory, 0, 2 << 21 | P | W | U | A | D | PS);
+    let inside = 1024 + 5;
+    guest.map(root, 1 << 39, 100 << 12 | TABLE | D);
+    let above = guest.get(guest.get(guest.get(root, 1) >> 12, 0) >> 12, 0) >> 12;
+    let holder = guest.get(guest.get(root, 1) >> 12, 0) >> 12;
+    assert_ne!(above, inside);
+    guest.set(holder, 0, inside << 12 | TABLE);
+    guest.set(inside, 0, 100 << 12 | TABLE | D);
+    guest.load(0, long_mode(root));
+    // First a large writable page, then a table in its midst.
+    assert_eq!(guest.page(write(0x1000)), 1025);
+    assert_eq!(
+        guest.faults(write(0x2000)),
+        0,
+        "one entry maps the whole page"
+    );
+    assert_eq!(guest.page(read(1 << 39)), 100);
+    // The write must be noticed.
+    assert_eq!(guest.faults(write(0x5000)), 1);
+    guest.set(inside, 0, 101 << 12 | TABLE | D);
+    guest.mmu.flush_guest_tlb(&mut guest.cpus[0].vcpu);
+    assert_eq!(guest.page(read(1 << 39)), 101);
+}
