@@ -76,11 +76,11 @@ pub struct RawExit {
 }
 
 impl RawExit {
-    /// Reads the fields of the exit that has just happened.
+    /// Reads the fields of the exit that has just happened for `reason`.
     #[inline]
-    pub fn read(vmcs: &CurrentVmcs<'_>) -> Self {
+    pub fn read(vmcs: &CurrentVmcs, reason: u32) -> Self {
         let mut exit = Self {
-            reason: vmcs.read(fields::EXIT_REASON),
+            reason,
             ..Self::default()
         };
         match exit.basic_reason() {
@@ -97,13 +97,6 @@ impl RawExit {
                 }
                 exit.vectoring = read_vectoring(vmcs);
             }
-            reason::CPUID
-            | reason::HLT
-            | reason::RDMSR
-            | reason::WRMSR
-            | reason::EXTERNAL_INTERRUPT
-            | reason::INTERRUPT_WINDOW
-            | reason::PREEMPTION_TIMER => {}
             reason::IO => {
                 exit.qualification = vmcs.read(fields::EXIT_QUALIFICATION);
                 if exit.qualification & STRING_IO != 0 {
@@ -151,7 +144,7 @@ impl RawExit {
     }
 }
 
-fn read_vectoring(vmcs: &CurrentVmcs<'_>) -> Report {
+fn read_vectoring(vmcs: &CurrentVmcs) -> Report {
     let information = vmcs.read(fields::IDT_VECTORING_INFORMATION);
     let mut report = Report {
         information,
@@ -181,9 +174,7 @@ pub fn decode(raw: &RawExit, registers: &Registers, guest: &mut impl GuestView) 
     let ecx = registers.get(Gpr::Rcx) as u32;
     match raw.basic_reason() {
         reason::EXCEPTION_OR_NMI => decode_exception(raw),
-        reason::EXTERNAL_INTERRUPT => Exit::HostInterrupt,
         reason::TRIPLE_FAULT => Exit::TripleFault,
-        reason::INTERRUPT_WINDOW => Exit::InterruptWindow,
         reason::NMI_WINDOW => Exit::NmiWindow,
         reason::TASK_SWITCH => Exit::TaskSwitch {
             selector: raw.qualification as u16,
@@ -193,8 +184,6 @@ pub fn decode(raw: &RawExit, registers: &Registers, guest: &mut impl GuestView) 
                 .then(|| raw.vectoring.exception(None).error_code)
                 .flatten(),
         },
-        reason::CPUID => Exit::Cpuid,
-        reason::HLT => Exit::Halt,
         reason::INVD | reason::WBINVD => Exit::InvalidateCaches,
         reason::INVLPG => Exit::InvalidatePage(Gva::new(raw.qualification)),
         reason::RDPMC => Exit::ReadPerformanceCounter,
@@ -207,22 +196,37 @@ pub fn decode(raw: &RawExit, registers: &Registers, guest: &mut impl GuestView) 
         | reason::VMFUNC => Exit::VirtualizationInstruction,
         reason::CONTROL_REGISTER => decode_control_register(raw, registers, guest),
         reason::IO => decode_io(raw, guest),
-        reason::RDMSR => Exit::ReadMsr(ecx),
-        reason::WRMSR => Exit::WriteMsr {
-            index: ecx,
-            value: registers.edx_eax(),
-        },
         reason::MWAIT => Exit::MonitorWait,
         reason::MONITOR => Exit::Monitor,
         reason::PAUSE => Exit::Pause,
-        reason::PREEMPTION_TIMER => Exit::TimeSliceEnd,
         reason::XSETBV => Exit::SetExtendedControlRegister {
             index: ecx,
             value: registers.edx_eax(),
         },
         reason::INVPCID => decode_invpcid(raw, registers, guest),
-        _ => unknown(raw),
+        _ => decode_plain(raw.reason, registers).unwrap_or(unknown(raw)),
     }
+}
+
+/// Decodes the exits that have no other fields and cannot interrupt the delivery of an event: the
+/// most frequent ones, and the fast way through the driver.
+#[inline]
+pub fn decode_plain(reason: u32, registers: &Registers) -> Option<Exit> {
+    let ecx = registers.get(Gpr::Rcx) as u32;
+    // With a flag bit set, the number is no plain reason.
+    Some(match u16::try_from(reason).ok()? {
+        reason::CPUID => Exit::Cpuid,
+        reason::HLT => Exit::Halt,
+        reason::RDMSR => Exit::ReadMsr(ecx),
+        reason::WRMSR => Exit::WriteMsr {
+            index: ecx,
+            value: registers.edx_eax(),
+        },
+        reason::EXTERNAL_INTERRUPT => Exit::HostInterrupt,
+        reason::INTERRUPT_WINDOW => Exit::InterruptWindow,
+        reason::PREEMPTION_TIMER => Exit::TimeSliceEnd,
+        _ => return None,
+    })
 }
 
 const fn unknown(raw: &RawExit) -> Exit {
@@ -567,6 +571,31 @@ mod tests {
         );
         raw.qualification = 0x28;
         assert!(raw.interrupted().is_valid());
+    }
+
+    #[test]
+    fn plain_exits_are_decoded_both_ways() {
+        let registers = Registers::default();
+        for (number, expected) in [
+            (1, Exit::HostInterrupt),
+            (7, Exit::InterruptWindow),
+            (10, Exit::Cpuid),
+            (12, Exit::Halt),
+            (31, Exit::ReadMsr(0)),
+            (52, Exit::TimeSliceEnd),
+        ] {
+            assert_eq!(decode_plain(number, &registers), Some(expected));
+            let raw = RawExit {
+                reason: number,
+                ..RawExit::default()
+            };
+            let mut guest = Guest {
+                width: CodeWidth::Bits64,
+            };
+            assert_eq!(decode(&raw, &registers, &mut guest), expected);
+        }
+        assert_eq!(decode_plain(ENTRY_FAILURE | 0xa, &registers), None);
+        assert_eq!(decode_plain(28, &registers), None);
     }
 
     #[test]

@@ -212,7 +212,7 @@ impl Core {
     /// # Safety
     /// `vmcs` belongs to a live vCPU of this core and has been through VMCLEAR.
     #[inline]
-    pub(crate) unsafe fn make_current(&self, vmcs: Hpa) -> CurrentVmcs<'_> {
+    pub(crate) unsafe fn make_current(&self, vmcs: Hpa) -> CurrentVmcs {
         if self.current.get() != Some(vmcs) {
             // SAFETY: the caller's promise; the core is in VMX operation while `self` lives.
             let loaded = unsafe { instructions::vmptrld(vmcs) };
@@ -394,7 +394,7 @@ impl VpidAllocator {
 }
 
 /// Writes the host state that never changes on this core (SDM vol. 3C 25.5).
-pub(crate) fn write_constant_host_state(vmcs: &CurrentVmcs<'_>, capabilities: &Capabilities) {
+pub(crate) fn write_constant_host_state(vmcs: &CurrentVmcs, capabilities: &Capabilities) {
     let (gdt, idt) = (sgdt(), sidt());
     let task = task_register();
     vmcs.write(fields::HOST_CR0, Cr0::read_raw());

@@ -102,15 +102,15 @@ pub unsafe fn invvpid(vpid: u16, what: Invvpid) -> Result<(), VmFail> {
 
 /// The VMCS that is current on this core, while interrupts are off.
 #[derive(Debug)]
-pub struct CurrentVmcs<'core> {
-    not_send: PhantomData<(&'core (), *const ())>,
+pub struct CurrentVmcs {
+    not_send: PhantomData<*const ()>,
 }
 
 #[allow(
     clippy::unused_self,
     reason = "the token proves that a VMCS is current, which the processor knows by itself"
 )]
-impl CurrentVmcs<'_> {
+impl CurrentVmcs {
     /// The token that stands for the current VMCS.
     ///
     /// # Safety

@@ -31,6 +31,7 @@ use x86_64::registers::control::Cr4Flags;
 use x86_64::registers::rflags::RFlags;
 
 use crate::bank::{self, Bank};
+use crate::capabilities::Capabilities;
 use crate::check::{self, GuestState, Interruptibility, Rules};
 use crate::controls::{EntryControls, PinControls, PrimaryControls};
 use crate::entry::{self, EntryKind};
@@ -242,22 +243,20 @@ impl VmxVcpu {
         }
     }
 
-    fn with_vmcs<R>(&self, access: impl FnOnce(&CurrentVmcs<'_>) -> R) -> R {
+    fn with_vmcs<R>(&self, access: impl FnOnce(&CurrentVmcs) -> R) -> R {
         interrupts::without_interrupts(|| access(&self.current()))
     }
 
     /// Makes this vCPU's VMCS current. Interrupts are off as long as the token lives.
     #[inline]
-    fn current(&self) -> CurrentVmcs<'_> {
+    fn current(&self) -> CurrentVmcs {
         // SAFETY: the VMCS is this live vCPU's own and was cleared when it was made.
         unsafe { self.core.make_current(self.vmcs.physical_address()) }
     }
 
     /// Everything between "interrupts off" and "interrupts on".
     fn run_uninterrupted(&mut self, code: &mut dyn CodeReader) -> Result<Exit, EntryFailure> {
-        let core = Rc::clone(&self.core);
-        // SAFETY: as in `current`; the token borrows `core`, so that `self` stays free.
-        let vmcs = unsafe { core.make_current(self.vmcs.physical_address()) };
+        let vmcs = self.current();
         self.write_control_registers(&vmcs)?;
         if self.pending.contains(Pending::CHECK) {
             check::check(&self.guest_state(&vmcs), &self.rules())?;
@@ -266,7 +265,13 @@ impl VmxVcpu {
         let event = self.inject(&vmcs);
         self.write_changed_fields(&vmcs);
         let entered = self.enter(&vmcs);
-        let raw = RawExit::read(&vmcs);
+        let reason = vmcs.read(fields::EXIT_REASON);
+        if entered && let Some(exit) = exit::decode_plain(reason, &self.registers) {
+            self.launch = EntryKind::Resume;
+            self.read_back(&vmcs);
+            return Ok(self.note(exit));
+        }
+        let raw = RawExit::read(&vmcs, reason);
         if !entered || raw.is_entry_failure() {
             return Err(self.entry_refused(&vmcs, event, entered.then_some(raw)));
         }
@@ -277,7 +282,7 @@ impl VmxVcpu {
     }
 
     /// Derives the hardware's control registers and writes those that changed.
-    fn write_control_registers(&mut self, vmcs: &CurrentVmcs<'_>) -> Result<(), EntryFailure> {
+    fn write_control_registers(&mut self, vmcs: &CurrentVmcs) -> Result<(), EntryFailure> {
         if !self.pending.contains(Pending::CONTROL) {
             return Ok(());
         }
@@ -327,7 +332,14 @@ impl VmxVcpu {
 
     /// Takes the next event from the queue into the VMCS and asks for the windows that the rest
     /// waits for.
-    fn inject(&mut self, vmcs: &CurrentVmcs<'_>) -> Option<Event> {
+    fn inject(&mut self, vmcs: &CurrentVmcs) -> Option<Event> {
+        let base = self.core.capabilities.primary.bits();
+        if self.events.is_empty()
+            && !self.pending.contains(Pending::WINDOW)
+            && self.written.primary == base
+        {
+            return None;
+        }
         let windows = self.windows();
         let event = self.events.next_event(windows);
         if let Some(event) = &event {
@@ -355,7 +367,7 @@ impl VmxVcpu {
         event
     }
 
-    fn write_injection(&mut self, vmcs: &CurrentVmcs<'_>, event: &Event) {
+    fn write_injection(&mut self, vmcs: &CurrentVmcs, event: &Event) {
         let injection = Injection::new(event);
         vmcs.write(
             fields::ENTRY_INTERRUPTION_INFORMATION,
@@ -377,7 +389,7 @@ impl VmxVcpu {
         }
     }
 
-    fn write_changed_fields(&mut self, vmcs: &CurrentVmcs<'_>) {
+    fn write_changed_fields(&mut self, vmcs: &CurrentVmcs) {
         let rsp = self.registers.get(Gpr::Rsp);
         let interruptibility = self.interruptibility.bits();
         let written = &mut self.written;
@@ -413,7 +425,7 @@ impl VmxVcpu {
         }
     }
 
-    fn write_time_slice(&mut self, vmcs: &CurrentVmcs<'_>) {
+    fn write_time_slice(&mut self, vmcs: &CurrentVmcs) {
         let capabilities = &self.core.capabilities;
         let mut pin = capabilities.pin;
         if let (Some(deadline), Some(shift)) = (self.deadline, capabilities.preemption_timer_shift)
@@ -434,7 +446,7 @@ impl VmxVcpu {
     }
 
     /// Enters the guest and comes back. Returns whether the processor took the instruction.
-    fn enter(&mut self, _vmcs: &CurrentVmcs<'_>) -> bool {
+    fn enter(&mut self, _vmcs: &CurrentVmcs) -> bool {
         // SAFETY: the state is leaked memory of this vCPU, released and freed by its drop.
         unsafe { self.core.acquire_extended_state(self.extended) };
         self.core.bank.acquire(&self.bank);
@@ -471,7 +483,7 @@ impl VmxVcpu {
     }
 
     /// Copies out what every exit changes.
-    fn read_back(&mut self, vmcs: &CurrentVmcs<'_>) {
+    fn read_back(&mut self, vmcs: &CurrentVmcs) {
         self.registers.rip = vmcs.read(fields::GUEST_RIP);
         self.registers.rflags = vmcs.read(fields::GUEST_RFLAGS);
         let rsp = vmcs.read(fields::GUEST_RSP);
@@ -499,25 +511,19 @@ impl VmxVcpu {
     }
 
     /// Decodes the exit and does what belongs to the driver.
-    fn conclude(
-        &mut self,
-        vmcs: &CurrentVmcs<'_>,
-        raw: &RawExit,
-        code: &mut dyn CodeReader,
-    ) -> Exit {
-        let registers = self.registers;
+    fn conclude(&mut self, vmcs: &CurrentVmcs, raw: &RawExit, code: &mut dyn CodeReader) -> Exit {
         let exit = exit::decode(
             raw,
-            &registers,
+            &self.registers,
             &mut View {
-                vcpu: self,
+                control: &self.control,
+                registers: &self.registers,
+                capabilities: &self.core.capabilities,
                 vmcs,
                 code,
             },
         );
         match exit {
-            Exit::InterruptWindow => self.pending.remove(Pending::WINDOW),
-            Exit::TimeSliceEnd => self.deadline = None,
             // NMIs stay blocked after the exit until an IRET; the handler's does that.
             // SAFETY: the host's table has a handler for non-maskable interrupts.
             Exit::HostNmi => unsafe { asm!("int 2") },
@@ -542,11 +548,22 @@ impl VmxVcpu {
         exit
     }
 
+    /// Takes back the request that the exit has answered.
+    #[inline]
+    fn note(&mut self, exit: Exit) -> Exit {
+        match exit {
+            Exit::InterruptWindow => self.pending.remove(Pending::WINDOW),
+            Exit::TimeSliceEnd => self.deadline = None,
+            _ => {}
+        }
+        exit
+    }
+
     /// Finds out why the processor refused, and puts the event back.
     #[cold]
     fn entry_refused(
         &mut self,
-        vmcs: &CurrentVmcs<'_>,
+        vmcs: &CurrentVmcs,
         event: Option<Event>,
         raw: Option<RawExit>,
     ) -> EntryFailure {
@@ -581,7 +598,7 @@ impl VmxVcpu {
     }
 
     /// What the checker looks at, as the VMCS is about to hold it.
-    fn guest_state(&self, vmcs: &CurrentVmcs<'_>) -> GuestState {
+    fn guest_state(&self, vmcs: &CurrentVmcs) -> GuestState {
         GuestState {
             entry: EntryControls::from_bits_retain(self.written.entry),
             cr0: vmcs.read(fields::GUEST_CR0),
@@ -657,7 +674,7 @@ fn write_efer_entry(area: &PageBlock, side: EferSide, value: u64) {
     }
 }
 
-fn read_segment(vmcs: &CurrentVmcs<'_>, register: SegmentRegister) -> Segment {
+fn read_segment(vmcs: &CurrentVmcs, register: SegmentRegister) -> Segment {
     let fields = fields::guest_segment(register);
     Segment {
         selector: vmcs.read(fields.selector),
@@ -668,7 +685,7 @@ fn read_segment(vmcs: &CurrentVmcs<'_>, register: SegmentRegister) -> Segment {
 }
 
 fn read_table(
-    vmcs: &CurrentVmcs<'_>,
+    vmcs: &CurrentVmcs,
     base: fields::Field<fields::Natural>,
     limit: fields::Field<fields::Bits32>,
 ) -> DescriptorTable {
@@ -680,21 +697,23 @@ fn read_table(
 
 /// What [`exit::decode`] may ask of the guest.
 struct View<'a> {
-    vcpu: &'a VmxVcpu,
-    vmcs: &'a CurrentVmcs<'a>,
+    control: &'a ControlRegisters,
+    registers: &'a Registers,
+    capabilities: &'a Capabilities,
+    vmcs: &'a CurrentVmcs,
     code: &'a mut dyn CodeReader,
 }
 
 impl GuestView for View<'_> {
     fn cr0(&self) -> u64 {
         let hardware = self.vmcs.read(fields::GUEST_CR0);
-        merge(self.vcpu.control.cr0, hardware, paging::CR0_GUEST_OWNED)
+        merge(self.control.cr0, hardware, paging::CR0_GUEST_OWNED)
     }
 
     fn code_width(&self) -> CodeWidth {
         instruction::code_width(
-            &self.vcpu.control,
-            self.vcpu.registers.rflags,
+            self.control,
+            self.registers.rflags,
             &read_segment(self.vmcs, SegmentRegister::Cs),
         )
     }
@@ -705,7 +724,7 @@ impl GuestView for View<'_> {
 
     fn io_address_width(&mut self, information: u32) -> CodeWidth {
         const ADDRESS_SIZE_PREFIX: u8 = 0x67;
-        if self.vcpu.core.capabilities.string_io_information {
+        if self.capabilities.string_io_information {
             return exit::string_address_width(information);
         }
         let width = self.code_width();
@@ -713,11 +732,11 @@ impl GuestView for View<'_> {
             CodeWidth::Bits64 => 0,
             _ => self.segment_base(SegmentRegister::Cs),
         };
-        let address = Gva::new(base.wrapping_add(self.vcpu.registers.rip));
+        let address = Gva::new(base.wrapping_add(self.registers.rip));
         let level = read_segment(self.vmcs, SegmentRegister::Ss).privilege_level();
         let mut bytes = [0; MAX_LENGTH];
         let length = self.code.read_code(
-            &self.vcpu.control,
+            self.control,
             PrivilegeLevel::from_bits(level),
             address,
             &mut bytes,
