@@ -90,11 +90,14 @@ pub fn write(project: &Project, content: &Content<'_>, work: &Path, iso: &Path) 
 fn loader(project: &Project) -> Result<PathBuf> {
     let directory = project.target("grub")?;
     let loader = directory.join("loader.img");
+    let stamp = directory.join("stamp");
+    let modules = MODULES.join(" ");
     let core = Path::new(GRUB).join("kernel.img");
     let is_newer = |path: &Path, than: &Path| -> Option<bool> {
         Some(fs::metadata(path).ok()?.modified().ok()? > fs::metadata(than).ok()?.modified().ok()?)
     };
-    if is_newer(&loader, &core) == Some(true) {
+    let has_modules = fs::read_to_string(&stamp).is_ok_and(|old| old == modules);
+    if has_modules && is_newer(&loader, &core) == Some(true) {
         return Ok(loader);
     }
     // Several runs may want it at once: each makes its own, and moves it into its place.
@@ -114,6 +117,7 @@ fn loader(project: &Project) -> Result<PathBuf> {
     fresh
         .persist(&loader)
         .with_context(|| format!("cannot write {}", loader.display()))?;
+    fs::write(&stamp, modules)?;
     Ok(loader)
 }
 
@@ -121,12 +125,14 @@ fn loader(project: &Project) -> Result<PathBuf> {
 fn grub_config(content: &Content<'_>) -> String {
     let mut load = vec!["multiboot2 /boot/umbra.elf --".to_owned()];
     load.extend(content.arguments.iter().map(|argument| quote(argument)));
-    let mut load = load.join(" ");
-    if content.archive.is_some() {
-        load += " && module2 /boot/guest.tar guest.tar";
-    }
+    let load = load.join(" ");
+    // GRUB's shell has no `&&`.
+    let boot = match content.archive {
+        Some(_) => "if module2 /boot/guest.tar guest.tar; then boot; fi",
+        None => "boot",
+    };
     format!(
-        "if {load}; then boot; fi\n\
+        "if {load}; then {boot}; fi\n\
          serial --unit=0 --speed=115200\n\
          terminal_output serial\n\
          echo \"GRUB cannot load the image: its files are damaged, or the memory is too small\"\n\
@@ -179,15 +185,15 @@ mod tests {
     fn the_guest_is_a_module() {
         let arguments = ["--guest", "hello", "--append", "a $b"];
         let text = config(&arguments, Some(Path::new("g.tar")));
-        let first = "if multiboot2 /boot/umbra.elf -- --guest hello --append 'a $b' \
-                     && module2 /boot/guest.tar guest.tar; then boot; fi";
+        let first = "if multiboot2 /boot/umbra.elf -- --guest hello --append 'a $b'; \
+                     then if module2 /boot/guest.tar guest.tar; then boot; fi; fi";
         assert_eq!(text.lines().next(), Some(first));
     }
 
     #[test]
     fn without_a_guest_there_is_no_module() {
         assert!(!config(&[], None).contains("module2"));
-        assert!(config(&["--append", ""], None).contains("-- --append ''; then boot"));
+        assert!(config(&["--append", ""], None).contains("-- --append ''; then boot; fi"));
         assert_eq!(quote("it's"), r"'it'\''s'");
     }
 
