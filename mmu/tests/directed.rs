@@ -1097,6 +1097,15 @@ fn narrowing_an_entry_reaches_every_processor() {
     // brings that into the shadow before anybody flushes.
     assert_eq!(guest.page(write(1 << 30)), table);
     guest.set(table, 0, 100 << 12 | P | U | A | D);
+    // No writable mapping of the table is left whose protection would flush anyway.
+    guest
+        .mmu
+        .unprotect(Gfn::new(guest.leaf_table(root, 1 << 30)));
+    assert_eq!(
+        guest.try_access(1, write(0)).0,
+        Ok(100),
+        "stale, as a TLB may be"
+    );
     assert_eq!(guest.page(by_user(read(0))), 100);
     // After its own flush the second processor must not write any more.
     guest.mmu.flush_guest_tlb(&mut guest.cpus[1].vcpu);

@@ -126,7 +126,7 @@ fn processors_and_shrinker_share_an_mmu() {
 fn step(mmu: &Mmu<SimHost>, host: &SimHost, cpu: &mut Cpu, random: u64) {
     let (table, index) = (random % TABLES, random / 64 % 8);
     let Cpu { vcpu, number } = cpu;
-    if random / 1024 % 16 == 0 {
+    if (random / 1024).is_multiple_of(16) {
         mmu.flush_guest_tlb(vcpu);
         return;
     }

@@ -178,7 +178,7 @@ impl GuestMemory for SimHost {
     fn mapping_level(&self, slot: SlotId, page: u64) -> Level {
         let ram_page = self.0.slots.lock().unwrap()[&slot] + page;
         let start = ram_page & !511;
-        let gfn_aligned = (ram_page ^ page) & 511 == 0;
+        let gfn_aligned = (ram_page ^ page).is_multiple_of(512);
         let all = (start..start + 512).all(|page| {
             self.0
                 .touched
@@ -410,7 +410,7 @@ impl SimHost {
             kind => {
                 (kind == AccessKind::Read || writable)
                     && (user || !attempt.user)
-                    && !(smap && user && !attempt.user && !attempt.ac)
+                    && (!smap || !user || attempt.user || attempt.ac)
             }
         };
         if !allowed {
