@@ -1146,3 +1146,57 @@ fn a_table_inside_a_large_page_is_write_protected() {
     guest.mmu.flush_guest_tlb(&mut guest.cpus[0].vcpu);
     assert_eq!(guest.page(read(1 << 39)), 101);
 }
+
+#[test]
+fn each_way_to_flush_makes_a_changed_entry_seen() {
+    type Flush = fn(&mut Guest, u64);
+    let ways: [(&str, Flush); 5] = [
+        ("the same root again", |guest, root| {
+            guest.load(0, long_mode(root))
+        }),
+        ("another root and back", |guest, root| {
+            let other = guest.table();
+            guest.map(other, 0, 103 << 12 | TABLE | D);
+            guest.load(0, long_mode(other));
+            assert_eq!(guest.page(read(0)), 103);
+            guest.load(0, long_mode(root));
+        }),
+        ("another mode and back", |guest, root| {
+            guest.load(0, PagingRegisters::RESET);
+            assert_eq!(guest.page(read(0x10_3000)), 0x103);
+            guest.load(0, long_mode(root));
+        }),
+        ("INVLPG", |guest, _| {
+            guest
+                .mmu
+                .invalidate_page(&mut guest.cpus[0].vcpu, Gva::new(0x1234));
+        }),
+        ("INVPCID", |guest, _| {
+            guest.mmu.flush_guest_tlb(&mut guest.cpus[0].vcpu)
+        }),
+    ];
+    for (way, flush) in ways {
+        let mut guest = Guest::new();
+        let root = guest.table();
+        for page in 0..3 {
+            guest.map(root, page << 12, (100 + page) << 12 | TABLE | D);
+        }
+        let (table, alias) = (guest.leaf_table(root, 0), 1 << 30);
+        guest.map(root, alias, table << 12 | TABLE | D);
+        guest.load(0, long_mode(root));
+        assert_eq!(guest.page(write(0x1000)), 101);
+        assert_eq!(guest.page(write(alias)), table);
+        // The page goes elsewhere and becomes read-only; the page after it is gone.
+        guest.set(table, 1, 200 << 12 | P | U | A | D);
+        assert_eq!(
+            guest.page(write(0x1000)),
+            101,
+            "{way}: stale until the flush"
+        );
+        flush(&mut guest, root);
+        assert_eq!(guest.page(read(0x1000)), 200, "{way}");
+        let denied = Code::PROTECTION_VIOLATION | Code::CAUSED_BY_WRITE;
+        assert_eq!(guest.fault(write(0x1000)), denied, "{way}");
+        assert_eq!(guest.page(read(0)), 100, "{way}");
+    }
+}
