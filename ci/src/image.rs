@@ -59,6 +59,7 @@ fn bootable_iso(project: &Project, builder: &Builder<'_>) -> Result<PathBuf> {
     let path = project.target("images")?.join("umbra.iso");
     let content = iso::Content {
         boot: &boot,
+        kernel_arguments: &[],
         arguments: &[],
         archive: None,
     };

@@ -32,6 +32,8 @@ const DATE: &str = "2000010100000000";
 pub struct Content<'a> {
     /// The boot ELF.
     pub boot: &'a Path,
+    /// The Hermit kernel's arguments.
+    pub kernel_arguments: &'a [String],
     /// Umbra's arguments.
     pub arguments: &'a [String],
     /// The guest archive; without it the guest that Umbra carries runs.
@@ -123,7 +125,9 @@ fn loader(project: &Project) -> Result<PathBuf> {
 
 /// No menu, no waiting, and nothing on the serial console unless something is wrong.
 fn grub_config(content: &Content<'_>) -> String {
-    let mut load = vec!["multiboot2 /boot/umbra.elf --".to_owned()];
+    let mut load = vec!["multiboot2 /boot/umbra.elf".to_owned()];
+    load.extend(content.kernel_arguments.iter().cloned());
+    load.push("--".to_owned());
     load.extend(content.arguments.iter().map(|argument| quote(argument)));
     let load = load.join(" ");
     // GRUB's shell has no `&&`.
@@ -176,6 +180,7 @@ mod tests {
             .collect();
         grub_config(&Content {
             boot: Path::new("x"),
+            kernel_arguments: &["-freq".to_owned(), "60".to_owned()],
             arguments: &arguments,
             archive,
         })
@@ -185,7 +190,7 @@ mod tests {
     fn the_guest_is_a_module() {
         let arguments = ["--guest", "hello", "--append", "a $b"];
         let text = config(&arguments, Some(Path::new("g.tar")));
-        let first = "if multiboot2 /boot/umbra.elf -- --guest hello --append 'a $b'; \
+        let first = "if multiboot2 /boot/umbra.elf -freq 60 -- --guest hello --append 'a $b'; \
                      then if module2 /boot/guest.tar guest.tar; then boot; fi; fi";
         assert_eq!(text.lines().next(), Some(first));
     }

@@ -22,6 +22,9 @@ use crate::report;
 use crate::setup::{BOCHS_BIOS, BOCHS_VGA_BIOS};
 
 const CPU: &str = "corei7_ivy_bridge_3770k";
+/// Bochs's clock: its time-stamp counter counts instructions, whatever frequency its CPUID claims.
+/// About as many as it really executes, so that its seconds are about as long as ours.
+const INSTRUCTIONS_PER_MICROSECOND: u32 = 60;
 /// How long Bochs may take from its start to opening its serial port.
 const CONNECTION_LIMIT: Duration = Duration::from_secs(20);
 
@@ -29,6 +32,7 @@ pub(super) fn run(project: &Project, boot: &Boot<'_>, console: &Console) -> Resu
     let iso = boot.work.join("umbra.iso");
     let content = iso::Content {
         boot: boot.image,
+        kernel_arguments: &["-freq".to_owned(), INSTRUCTIONS_PER_MICROSECOND.to_string()],
         arguments: boot.arguments,
         archive: boot.archive,
     };
@@ -112,7 +116,7 @@ fn configuration(work: &Path, iso: &Path, port: u16, memory_mib: u64) -> String 
          display_library: rfb, options=\"timeout=0\"\n\
          romimage: file={BOCHS_BIOS}\n\
          vgaromimage: file={BOCHS_VGA_BIOS}\n\
-         cpu: model={CPU}, count=1, ips=60000000, reset_on_triple_fault=0\n\
+         cpu: model={CPU}, count=1, ips={INSTRUCTIONS_PER_MICROSECOND}000000, reset_on_triple_fault=0\n\
          memory: guest={memory_mib}, host={memory_mib}\n\
          ata0-master: type=cdrom, path=\"{iso}\", status=inserted\n\
          boot: cdrom\n\
