@@ -22,7 +22,7 @@ mod reference;
 use common::{Cpu, SimHost, Try};
 use proptest::prelude::*;
 use reference::{Mode, Outcome, Rules};
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use umbra_mmu::*;
@@ -186,6 +186,8 @@ struct Test {
     history: HashMap<(u64, usize), Vec<(u64, u64)>>,
     slots: HashMap<SlotId, SlotModel>,
     now: u64,
+    /// Addresses that each processor has reached memory at.
+    recent: [VecDeque<Gva>; 2],
 }
 
 static STEPS: AtomicU64 = AtomicU64::new(0);
@@ -234,6 +236,7 @@ impl Test {
             history: HashMap::new(),
             slots: HashMap::new(),
             now: 1,
+            recent: Default::default(),
         };
         test.add(SlotId(0), 0, 32, 0, SlotFlags::empty());
         test.add(SlotId(1), 512, 512, 512, SlotFlags::empty());
@@ -405,6 +408,7 @@ impl Test {
     }
 
     fn set_mode(&mut self, number: usize, mode: u8, flags: u8, root: u8) {
+        self.recent[number].clear();
         let processor = &mut self.processors[number];
         let registers = &mut processor.registers;
         let mode = match mode % 16 {
@@ -625,6 +629,11 @@ impl Test {
                     let page = self.host.ram_page(frame);
                     self.check_page(number, attempt, page, &expected, clean);
                     self.check_marks(&marked, clean);
+                    let recent = &mut self.recent[number];
+                    recent.push_back(attempt.gva);
+                    if recent.len() > 8 {
+                        recent.pop_front();
+                    }
                     return Some(page);
                 }
                 Err(error) => error,
@@ -834,12 +843,36 @@ impl Test {
             return None;
         }
         let ac = ac && !(rules.smap && !rules.wp);
-        Some(Try {
-            gva: self.gva(number, place),
+        // Most random addresses lead nowhere: three in four attempts look for one that leads to
+        // memory (a write: to a table), the last successful ones first.
+        let attempt = |gva| Try {
+            gva,
             kind,
             user,
             ac,
-        })
+        };
+        let first = attempt(self.gva(number, place));
+        if place.indices[4] & 3 == 0 {
+            return Some(first);
+        }
+        let again = self.recent[number].iter().rev().map(|gva| attempt(*gva));
+        let other = (0..24u8).map(|round| {
+            let indices = place
+                .indices
+                .map(|index| index.wrapping_mul(2 * round + 1).wrapping_add(round));
+            attempt(self.gva(number, Place { indices, ..place }))
+        });
+        let leads = |attempt: &Try| match self.current(number, attempt) {
+            Outcome::Page { gfn, .. } => kind != AccessKind::Write || (1..13).contains(&gfn),
+            Outcome::Fault(_) => false,
+        };
+        let found = if place.indices[4] & 4 == 0 && kind != AccessKind::Write {
+            // As likely as not one that has been used, whatever its entries say by now.
+            again.chain(other).nth(usize::from(place.indices[3] & 7))
+        } else {
+            other.chain(again).find(leads)
+        };
+        Some(found.unwrap_or(first))
     }
 
     fn write(&mut self, page: u64, offset: u16, width: u8, entry: Entry) {
