@@ -168,11 +168,9 @@ pub fn write_control_register(
             control::write_cr3(&current, value, features).map(|(control, _)| control)
         }
         ControlRegister::Cr4 => control::write_cr4(&current, value, features),
-        ControlRegister::Cr8 => {
-            control::write_cr8(&current, value).inspect(|new| {
-                guest.machine.set_task_priority(new.cr8);
-            })
-        }
+        ControlRegister::Cr8 => control::write_cr8(&current, value).inspect(|new| {
+            guest.machine.set_task_priority(new.cr8);
+        }),
     };
     match new {
         Ok(new) => change_control(guest, new),

@@ -89,6 +89,9 @@ impl From<MmuError> for End {
     }
 }
 
+/// How often a guest exited for each reason.
+pub type ExitCounts = [u64; REASONS.len()];
+
 /// A guest that is ready to run.
 pub struct Guest {
     /// Its processor.
@@ -101,6 +104,8 @@ pub struct Guest {
     pub cpuid: CpuidPolicy,
     /// What it has done so far.
     pub report: Report,
+    /// How often it exited, for each of the reasons.
+    pub exits: ExitCounts,
     /// The time-stamp counter at which the watchdog ends it.
     pub deadline: Option<u64>,
 }
@@ -117,11 +122,17 @@ impl Guest {
         };
         let ticks = platform::timestamp() - start;
         let mut report = self.report;
+        let counted = REASONS
+            .iter()
+            .zip(self.exits)
+            .filter(|&(_, count)| count != 0);
+        report.exits = counted.map(|(&name, count)| (name.into(), count)).collect();
         report.outcome = end.outcome;
         report.exit_code = end.outcome.exit_code();
         report.message = end.message;
         report.guest_status = end.guest_status;
         report.exhausted = end.exhausted;
+        report.first_entry_tsc = start;
         report.tsc_ticks = ticks;
         report.nanoseconds = Some(ticks.saturating_mul(1000) / platform::ticks_per_microsecond());
         report.mmu = counters(self.paging.mmu());
@@ -142,8 +153,8 @@ impl Guest {
         self.offer_interrupt();
 
         let exit = self.vcpu.run(&mut self.paging)?;
-        self.report.count_exit(reason(&exit));
-        self.check_time()?;
+        self.exits[reason(&exit)] += 1;
+        self.check_deadline()?;
         self.handle(&exit)?;
 
         match self.machine.take_shutdown() {
@@ -171,17 +182,25 @@ impl Guest {
         }
     }
 
-    fn check_time(&mut self) -> Result<(), End> {
-        let now = platform::timestamp();
-        if self.deadline.is_some_and(|deadline| now >= deadline) {
+    /// The watchdog. The host's timer makes even a guest that never exits of itself come here.
+    fn check_deadline(&self) -> Result<(), End> {
+        if self
+            .deadline
+            .is_some_and(|deadline| platform::timestamp() >= deadline)
+        {
             let rip = self.vcpu.registers().rip;
             return Err(End::new(
                 Outcome::Watchdog,
                 format!("the guest ran out of its time limit, last at {rip:#x}"),
             ));
         }
-        self.machine.advance(self.machine.time_base().time_at(now));
         Ok(())
+    }
+
+    /// Lets the machine's time go on: before an access to a device, and at each of the host's ticks.
+    pub fn advance_time(&mut self) {
+        let now = self.machine.time_base().time_at(platform::timestamp());
+        self.machine.advance(now);
     }
 
     /// Raises an exception in the guest.
@@ -197,12 +216,12 @@ impl Guest {
                 error_code,
             } => self.page_fault(address, error_code),
             Exit::Exception(exception) => self.raise(exception),
-            // The loop looks at the clock and at interrupts after each exit.
-            Exit::HostInterrupt
-            | Exit::TimeSliceEnd
-            | Exit::HostNmi
-            | Exit::InterruptWindow
-            | Exit::NmiWindow => Ok(()),
+            Exit::HostInterrupt | Exit::TimeSliceEnd => {
+                self.advance_time();
+                Ok(())
+            }
+            // The loop looks at interrupts before each entry.
+            Exit::HostNmi | Exit::InterruptWindow | Exit::NmiWindow => Ok(()),
             Exit::Cpuid => control::cpuid(self),
             Exit::ReadMsr(index) => control::read_msr(self, index),
             Exit::WriteMsr { index, value } => control::write_msr(self, index, value),
@@ -221,7 +240,10 @@ impl Guest {
                 self.vcpu.skip_instruction();
                 Ok(())
             }
-            Exit::Io(access) => ports::access(self, access),
+            Exit::Io(access) => {
+                self.advance_time();
+                ports::access(self, access)
+            }
             Exit::Halt => self.halt(),
             Exit::Pause | Exit::InvalidateCaches => {
                 self.vcpu.skip_instruction();
@@ -261,7 +283,10 @@ impl Guest {
             FaultOutcome::Inject(fault) => {
                 self.raise(Exception::page_fault(fault.gva, fault.error))
             }
-            FaultOutcome::Mmio { gpa, access, .. } => mmio::access(self, address, gpa, access),
+            FaultOutcome::Mmio { gpa, access, .. } => {
+                self.advance_time();
+                mmio::access(self, address, gpa, access)
+            }
         }
     }
 
@@ -285,7 +310,8 @@ impl Guest {
                 ));
             }
             platform::wait_for_interrupt();
-            self.check_time()?;
+            self.advance_time();
+            self.check_deadline()?;
         }
     }
 
@@ -317,37 +343,69 @@ fn end_of_machine(shutdown: Shutdown) -> End {
     }
 }
 
-/// The name under which an exit is counted.
-const fn reason(exit: &Exit) -> &'static str {
+/// The names under which exits are counted.
+const REASONS: [&str; 28] = [
+    "page_fault",
+    "exception",
+    "host_interrupt",
+    "host_nmi",
+    "interrupt_window",
+    "nmi_window",
+    "cpuid",
+    "halt",
+    "pause",
+    "hypercall",
+    "io",
+    "read_msr",
+    "write_msr",
+    "read_control_register",
+    "write_control_register",
+    "invalidate_page",
+    "invalidate_pcid",
+    "invalidate_caches",
+    "read_tsc",
+    "read_performance_counter",
+    "monitor",
+    "monitor_wait",
+    "set_extended_control_register",
+    "virtualization_instruction",
+    "task_switch",
+    "triple_fault",
+    "time_slice_end",
+    "unknown",
+];
+
+/// The place of an exit's reason in [`REASONS`].
+const fn reason(exit: &Exit) -> usize {
     match exit {
-        Exit::PageFault { .. } => "page_fault",
-        Exit::Exception(_) => "exception",
-        Exit::HostInterrupt => "host_interrupt",
-        Exit::HostNmi => "host_nmi",
-        Exit::InterruptWindow => "interrupt_window",
-        Exit::NmiWindow => "nmi_window",
-        Exit::Cpuid => "cpuid",
-        Exit::Halt => "halt",
-        Exit::Pause => "pause",
-        Exit::Hypercall => "hypercall",
-        Exit::Io(_) => "io",
-        Exit::ReadMsr(_) => "read_msr",
-        Exit::WriteMsr { .. } => "write_msr",
-        Exit::ReadControlRegister { .. } => "read_control_register",
-        Exit::WriteControlRegister { .. } => "write_control_register",
-        Exit::InvalidatePage(_) => "invalidate_page",
-        Exit::InvalidatePcid { .. } => "invalidate_pcid",
-        Exit::InvalidateCaches => "invalidate_caches",
-        Exit::ReadTsc => "read_tsc",
-        Exit::ReadPerformanceCounter => "read_performance_counter",
-        Exit::Monitor => "monitor",
-        Exit::MonitorWait => "monitor_wait",
-        Exit::SetExtendedControlRegister { .. } => "set_extended_control_register",
-        Exit::VirtualizationInstruction => "virtualization_instruction",
-        Exit::TaskSwitch { .. } => "task_switch",
-        Exit::TripleFault => "triple_fault",
-        Exit::TimeSliceEnd => "time_slice_end",
-        Exit::Unknown { .. } => "unknown",
+        Exit::PageFault { .. } => 0,
+        Exit::Exception(_) => 1,
+        Exit::HostInterrupt => 2,
+        Exit::HostNmi => 3,
+        Exit::InterruptWindow => 4,
+        Exit::NmiWindow => 5,
+        Exit::Cpuid => 6,
+        Exit::Halt => 7,
+        Exit::Pause => 8,
+        Exit::Hypercall => 9,
+        Exit::Io(_) => 10,
+        Exit::ReadMsr(_) => 11,
+        Exit::WriteMsr { .. } => 12,
+        Exit::ReadControlRegister { .. } => 13,
+        Exit::WriteControlRegister { .. } => 14,
+        Exit::InvalidatePage(_) => 15,
+        Exit::InvalidatePcid { .. } => 16,
+        Exit::InvalidateCaches => 17,
+        Exit::ReadTsc => 18,
+        Exit::ReadPerformanceCounter => 19,
+        Exit::Monitor => 20,
+        Exit::MonitorWait => 21,
+        Exit::SetExtendedControlRegister { .. } => 22,
+        Exit::VirtualizationInstruction => 23,
+        Exit::TaskSwitch { .. } => 24,
+        Exit::TripleFault => 25,
+        Exit::TimeSliceEnd => 26,
+        Exit::Unknown { .. } => 27,
     }
 }
 

@@ -2,11 +2,11 @@
 
 use alloc::boxed::Box;
 use alloc::format;
-use alloc::string::ToString;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 
 use umbra_loader::{EntryState, LoadError, LoadRequest, MemoryMap, Module};
+use umbra_machine::devices::fw_cfg::{E820Entry, FwCfg};
 use umbra_machine::processor::cpuid::CpuidPolicy;
 use umbra_machine::{Configuration, ConsoleOutput, Machine, TimeBase};
 use umbra_mmu::{Mmu, MmuConfig};
@@ -17,7 +17,7 @@ use umbra_vcpu::address::{Gfn, PAGE_SIZE};
 use umbra_vcpu::registers::{Gpr, Segment, SegmentRegister};
 
 use crate::driver::Driver;
-use crate::guest::{End, Guest};
+use crate::guest::{End, ExitCounts, Guest};
 use crate::memory::{GuestHost, LoaderRam, RamRange};
 use crate::paging::Paging;
 use crate::physical::HostAddressSpace;
@@ -67,14 +67,14 @@ fn prepare(name: &str, options: &Options) -> Result<Guest, End> {
         name: "initrd",
         data,
     });
-    let command_line = format!("{name} {}", options.append).trim_end().to_string();
     let request = LoadRequest {
-        command_line: &command_line,
+        name,
+        command_line: &options.append,
         modules: module.as_slice(),
         memory_map: &memory_map,
     };
-    let loaded = umbra_loader::load(files.image, &request, &mut LoaderRam::new(&host))
-        .map_err(|error| {
+    let loaded =
+        umbra_loader::load(files.image, &request, &mut LoaderRam::new(&host)).map_err(|error| {
             let outcome = match error {
                 LoadError::HostMemory => Outcome::HostOutOfMemory,
                 _ => Outcome::BadImage,
@@ -83,7 +83,7 @@ fn prepare(name: &str, options: &Options) -> Result<Guest, End> {
         })?;
 
     let cpuid = CpuidPolicy::new(&control::host_cpuid, &driver.limits());
-    let machine = Machine::new(Configuration {
+    let mut machine = Machine::new(Configuration {
         time_base: TimeBase::new(
             platform::timestamp(),
             platform::ticks_per_microsecond() * 1_000_000,
@@ -91,6 +91,8 @@ fn prepare(name: &str, options: &Options) -> Result<Guest, End> {
         features: *cpuid.features(),
         console: Box::new(Console::default()),
     });
+    machine.set_wall_clock(platform::unix_time());
+    describe_machine(machine.fw_cfg_mut(), options, &memory_map);
     let guest_pages = (options.memory / PAGE_SIZE) as usize;
     let config = MmuConfig {
         features: control::mmu_features(cpuid.features()),
@@ -138,8 +140,26 @@ fn prepare(name: &str, options: &Options) -> Result<Guest, End> {
         machine,
         cpuid,
         report,
+        exits: ExitCounts::default(),
         deadline,
     })
+}
+
+/// Tells the guest through the configuration device what its loader knows.
+fn describe_machine(fw_cfg: &mut FwCfg, options: &Options, memory_map: &MemoryMap) {
+    let entries: Vec<_> = memory_map
+        .ranges()
+        .iter()
+        .map(|range| E820Entry {
+            address: range.start,
+            size: range.length,
+            kind: range.kind as u32,
+        })
+        .collect();
+    fw_cfg.set_ram_size(options.memory);
+    fw_cfg.set_cpu_count(1);
+    fw_cfg.set_command_line(options.append.as_bytes());
+    fw_cfg.set_memory_map(&entries);
 }
 
 /// Puts the processor where the boot protocol wants it.

@@ -23,8 +23,6 @@ pub fn arguments() -> Vec<&'static str> {
 /// A file that the boot loader has put into memory.
 #[derive(Clone, Copy)]
 pub struct BootModule {
-    /// Its command line.
-    pub arguments: &'static str,
     /// Its content.
     pub data: &'static [u8],
 }
@@ -45,17 +43,11 @@ pub fn boot_modules() -> Vec<BootModule> {
         })
         .filter_map(|node| {
             let region = node.reg()?.next()?;
-            let arguments = node
-                .property("bootargs")
-                .and_then(|property| property.as_str());
             // SAFETY: the boot loader has put the module there, keeps it out of the memory that it
             // gives the kernel, and has mapped it; nothing ever writes to it.
             let data =
                 unsafe { core::slice::from_raw_parts(region.starting_address, region.size?) };
-            Some(BootModule {
-                arguments: arguments.unwrap_or_default(),
-                data,
-            })
+            Some(BootModule { data })
         })
         .collect()
 }
@@ -69,6 +61,18 @@ pub fn timestamp() -> u64 {
 /// Ticks of the time-stamp counter in a microsecond.
 pub fn ticks_per_microsecond() -> u64 {
     u64::from(hermit::time::frequency_mhz()).max(1)
+}
+
+/// The host's wall clock in seconds since 1970.
+pub fn unix_time() -> u64 {
+    const CLOCK_REALTIME: i32 = 1;
+    let mut now = hermit::time::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: the pointer is that of a live value which the kernel fills.
+    unsafe { hermit::syscalls::sys_clock_gettime(CLOCK_REALTIME, &raw mut now) };
+    now.tv_sec.try_into().unwrap_or(0)
 }
 
 /// Has the host's timer interrupt this core again and again, so that a guest exits by then.

@@ -417,7 +417,7 @@ mod tests {
         let scenario = parse(text).unwrap();
         let mut report = Report::new("x", Outcome::TripleFault, "");
         report.mmu.pf_taken = 3;
-        report.count_exit("cpuid");
+        report.exits.insert("cpuid".to_owned(), 1);
         let failures = |report: &Report| {
             scenario
                 .failures(Platform::Qemu, &result(6, Some(report.clone())), "")

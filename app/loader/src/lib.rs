@@ -61,7 +61,9 @@ pub struct Module<'a> {
 /// What to load besides the image.
 #[derive(Clone, Copy, Debug)]
 pub struct LoadRequest<'a> {
-    /// The kernel's command line, which begins with the guest's name.
+    /// The guest's name, which Multiboot puts in front of the command line.
+    pub name: &'a str,
+    /// The kernel's arguments.
     pub command_line: &'a str,
     /// The modules in their order.
     pub modules: &'a [Module<'a>],

@@ -5,6 +5,7 @@
 //! structure says so by leaving its flag clear. Other bits below 16 are refused, as the
 //! specification wants (3.1.2).
 
+use alloc::format;
 use alloc::vec::Vec;
 
 use elf::abi::SHF_ALLOC;
@@ -192,7 +193,8 @@ pub fn load(
 
     let map = request.memory_map;
     image.check_ram(map)?;
-    let command_line = terminated("the command line", request.command_line)?;
+    let command_line = format!("{} {}", request.name, request.command_line);
+    let command_line = terminated("the command line", command_line.trim_end())?;
     let ranges: Vec<u8> = map.ranges().iter().flat_map(memory_map_entry).collect();
     let ranges_length = ranges.len() as u32;
 

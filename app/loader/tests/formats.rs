@@ -99,7 +99,7 @@ fn pvh_start_information_is_complete() {
             let (eip, _, info) = registers(&loaded);
             assert_eq!((loaded.format, eip), (Format::Pvh, 0x10_0004));
             assert_eq!((ram.u32(info), ram.u32(info + 4)), (0x336e_c578, 1));
-            assert_eq!(ram.text(ram.u64(info + 24)), "guest one two");
+            assert_eq!(ram.text(ram.u64(info + 24)), "one two");
             assert_eq!(ram.u64(info + 32), 0);
             assert_eq!(ram.u32(info + 12), 2);
             for (index, module) in (0..).zip(MODULES) {
@@ -218,6 +218,7 @@ fn modules_that_do_not_fit_are_refused_before_anything_is_written() {
             data: &data,
         }];
         let request = LoadRequest {
+            name: "guest",
             command_line: "x",
             modules: &modules,
             memory_map: &map,
@@ -240,6 +241,7 @@ fn texts_with_zero_bytes_are_refused() {
         for (command_line, name) in [("a\0b", "name"), ("a", "na\0me")] {
             let modules = [Module { name, data: &[] }];
             let request = LoadRequest {
+                name: "guest",
                 command_line,
                 modules: &modules,
                 memory_map: &map,

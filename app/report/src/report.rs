@@ -30,6 +30,9 @@ pub struct Report {
     pub driver: Option<Driver>,
     /// Instructions that the guest retired, where the platform counts them.
     pub instructions: Option<u64>,
+    /// The host's time-stamp counter when the guest was first entered. It counts from power-on, so
+    /// this is how long booting took.
+    pub first_entry_tsc: u64,
     /// Time from the guest's first entry to its last exit in ticks of the host's time-stamp counter.
     pub tsc_ticks: u64,
     /// The same time in nanoseconds, where the counter's frequency is known.
@@ -114,6 +117,7 @@ impl Report {
             message: message.into(),
             driver: None,
             instructions: None,
+            first_entry_tsc: 0,
             tsc_ticks: 0,
             nanoseconds: None,
             exits: BTreeMap::new(),
@@ -121,16 +125,6 @@ impl Report {
             exhausted: None,
             unknown_ports: 0,
             unknown_msrs: 0,
-        }
-    }
-
-    /// Counts one exit with this reason.
-    pub fn count_exit(&mut self, reason: &str) {
-        match self.exits.get_mut(reason) {
-            Some(count) => *count = count.saturating_add(1),
-            None => {
-                self.exits.insert(reason.to_string(), 1);
-            }
         }
     }
 
@@ -213,9 +207,7 @@ mod tests {
         report.driver = Some(Driver::Svm);
         report.tsc_ticks = u64::MAX;
         report.nanoseconds = Some(12);
-        report.count_exit("cpuid");
-        report.count_exit("io");
-        report.count_exit("cpuid");
+        report.exits = BTreeMap::from([("cpuid".to_string(), 2), ("io".to_string(), 1)]);
         report.mmu.mmu_pages_limit = 64;
         report.exhausted = Some(Exhausted {
             needed: 4,
@@ -239,6 +231,7 @@ mod tests {
             "message",
             "driver",
             "instructions",
+            "first_entry_tsc",
             "tsc_ticks",
             "nanoseconds",
             "exits",
@@ -262,7 +255,7 @@ mod tests {
         ] {
             assert!(object.get(key).is_some(), "{key} is missing in {json}");
         }
-        assert_eq!(object.as_object().unwrap().len(), 27);
+        assert_eq!(object.as_object().unwrap().len(), 28);
         assert_eq!(object["outcome"], "no-mmu-pages");
         assert_eq!(object["exit_code"], 4);
         assert_eq!(object["driver"], "svm");

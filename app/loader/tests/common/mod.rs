@@ -101,7 +101,8 @@ pub const MODULES: [Module<'static>; 2] = [
 /// Loads with a command line and two modules into [`MEMORY`] bytes.
 pub fn load_into(image: &[u8], map: &MemoryMap, ram: &mut Ram) -> Result<Loaded, LoadError> {
     let request = LoadRequest {
-        command_line: "guest one two",
+        name: "guest",
+        command_line: "one two",
         modules: &MODULES,
         memory_map: map,
     };
