@@ -63,7 +63,7 @@ impl<H: Host> Core<'_, H> {
             self.state.reserved += needed;
             Ok(())
         } else {
-            Err(self.no_page_available(needed))
+            Err(self.no_page_available(needed + self.state.reserved))
         }
     }
 

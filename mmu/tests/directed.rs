@@ -1152,7 +1152,7 @@ fn each_way_to_flush_makes_a_changed_entry_seen() {
     type Flush = fn(&mut Guest, u64);
     let ways: [(&str, Flush); 5] = [
         ("the same root again", |guest, root| {
-            guest.load(0, long_mode(root))
+            guest.load(0, long_mode(root));
         }),
         ("another root and back", |guest, root| {
             let other = guest.table();
@@ -1172,7 +1172,7 @@ fn each_way_to_flush_makes_a_changed_entry_seen() {
                 .invalidate_page(&mut guest.cpus[0].vcpu, Gva::new(0x1234));
         }),
         ("INVPCID", |guest, _| {
-            guest.mmu.flush_guest_tlb(&mut guest.cpus[0].vcpu)
+            guest.mmu.flush_guest_tlb(&mut guest.cpus[0].vcpu);
         }),
     ];
     for (way, flush) in ways {
