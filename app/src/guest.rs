@@ -17,7 +17,7 @@ use umbra_mmu::{Mmu, MmuError, RootChange};
 use umbra_report::{Exhausted, MmuCounters, Outcome, Report};
 use umbra_vcpu::event::{Exception, TripleFault, Window};
 use umbra_vcpu::exit::Exit;
-use umbra_vcpu::{EntryFailure, Flush, Vcpu};
+use umbra_vcpu::{EntryFailure, Flush, TimeSlice, Vcpu};
 
 use crate::memory::GuestHost;
 use crate::paging::Paging;
@@ -114,6 +114,7 @@ impl Guest {
     /// Runs the guest to its end and completes its report.
     pub fn run(mut self) -> Report {
         platform::interrupt_every(TICK_MICROSECONDS);
+        self.begin_time_slice();
         let start = platform::timestamp();
         let end = loop {
             if let Err(end) = self.step() {
@@ -139,6 +140,16 @@ impl Guest {
         report.unknown_ports = self.machine.unknown_ports().total();
         report.unknown_msrs = self.machine.unknown_msrs().total();
         report
+    }
+
+    /// Has the processor end the guest's turn too, where it can count: Bochs keeps the host's
+    /// interrupts from a guest that is entered with its own disabled.
+    fn begin_time_slice(&mut self) {
+        let ticks = TICK_MICROSECONDS.saturating_mul(platform::ticks_per_microsecond());
+        match self.vcpu.set_time_slice(Some(ticks)) {
+            // The host's timer runs in any case.
+            TimeSlice::Hardware | TimeSlice::HostTimer => {}
+        }
     }
 
     /// Enters the guest once and handles its exit.
@@ -218,6 +229,7 @@ impl Guest {
             Exit::Exception(exception) => self.raise(exception),
             Exit::HostInterrupt | Exit::TimeSliceEnd => {
                 self.advance_time();
+                self.begin_time_slice();
                 Ok(())
             }
             // The loop looks at interrupts before each entry.
