@@ -7,7 +7,7 @@
 use alloc::format;
 
 use umbra_mmu::AccessKind;
-use umbra_vcpu::address::{Gpa, Gva};
+use umbra_vcpu::address::{Gpa, Gva, PAGE_SIZE};
 use umbra_vcpu::instruction::iced_x86::{Instruction, Mnemonic, OpKind, Register};
 use umbra_vcpu::instruction::{self, MAX_LENGTH};
 use umbra_vcpu::registers::{CodeWidth, SegmentRegister};
@@ -29,6 +29,7 @@ pub fn access(guest: &mut Guest, gva: Gva, gpa: Gpa, kind: AccessKind) -> Result
     let decoded = instruction::decode(&bytes[..available], width, rip);
     let Some(access) = decoded
         .as_ref()
+        .filter(|instruction| is_whole_operand(guest, instruction, width, gva))
         .and_then(|instruction| plan(guest, instruction))
     else {
         return Err(guest.unsupported(format!(
@@ -40,6 +41,17 @@ pub fn access(guest: &mut Guest, gva: Gva, gpa: Gpa, kind: AccessKind) -> Result
     carry_out(guest, gpa, access);
     guest.vcpu.skip_instruction();
     Ok(())
+}
+
+/// Whether `gva` is where the instruction's memory operand begins, and all of it lies in that page:
+/// otherwise part of it may be RAM.
+fn is_whole_operand(guest: &Guest, instruction: &Instruction, width: CodeWidth, gva: Gva) -> bool {
+    let registers = guest.vcpu.registers();
+    let operand = instruction::memory_operand(instruction, registers, width, |register| {
+        guest.vcpu.segment(register)
+    });
+    let size = instruction.memory_size().size() as u64;
+    operand == Some(gva) && gva.page_offset() + size <= PAGE_SIZE
 }
 
 /// A move between a register or an immediate and device memory.
