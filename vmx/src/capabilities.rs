@@ -52,7 +52,7 @@ pub struct InvvpidTypes {
 pub struct Capabilities {
     /// The identifier that a VMXON region and a VMCS begin with.
     pub revision: u32,
-    /// The setting of the pin-based controls, without the time slice's timer.
+    /// The setting of the pin-based controls.
     pub pin: PinControls,
     /// The setting of the primary controls, without the windows.
     pub primary: PrimaryControls,
@@ -107,7 +107,7 @@ impl Capabilities {
             PinControls::EXTERNAL_INTERRUPT_EXITING
                 | PinControls::NMI_EXITING
                 | PinControls::VIRTUAL_NMIS,
-            PinControls::empty(),
+            PinControls::PREEMPTION_TIMER,
         )?;
         let primary = primary_capability.select(
             PrimaryControls::TSC_OFFSETTING
@@ -159,7 +159,7 @@ impl Capabilities {
             exit.remove(ExitControls::LOAD_EFER);
             entry.remove(EntryControls::LOAD_EFER);
         }
-        let timer = pin_capability.allows(PinControls::PREEMPTION_TIMER);
+        let timer = pin.contains(PinControls::PREEMPTION_TIMER);
         Ok(Self {
             revision: basic as u32 & 0x7fff_ffff,
             pin,

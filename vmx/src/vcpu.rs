@@ -33,7 +33,7 @@ use x86_64::registers::rflags::RFlags;
 use crate::bank::{self, Bank};
 use crate::capabilities::Capabilities;
 use crate::check::{self, GuestState, Interruptibility, Rules};
-use crate::controls::{EntryControls, PinControls, PrimaryControls};
+use crate::controls::{EntryControls, PrimaryControls};
 use crate::entry::{self, EntryKind};
 use crate::event::{Injection, is_fault};
 use crate::exit::{self, GuestView, RawExit, reason};
@@ -48,6 +48,11 @@ const INTERCEPTED_EXCEPTIONS: u32 = 1 << vector::PAGE_FAULT
     | 1 << vector::DEBUG
     | 1 << vector::ALIGNMENT_CHECK
     | 1 << vector::MACHINE_CHECK;
+
+/// The guest runs no longer than this without an exit, in ticks of the time-stamp counter, if there
+/// is a preemption timer. Real processors exit for the host's interrupts anyway; Bochs 2.7 holds
+/// them back while the guest was entered with RFLAGS.IF clear and has not changed it.
+const LONGEST_RUN: u64 = 1 << 22;
 
 /// One guest processor.
 #[derive(Debug)]
@@ -95,7 +100,7 @@ struct Written {
     interruptibility: u32,
     control: HardwareControl,
     primary: u32,
-    pin: u32,
+    timer: u32,
     entry: u32,
     host_fs_base: u64,
 }
@@ -176,7 +181,6 @@ impl VmxVcpu {
         let capabilities = &core.capabilities;
         self.written = Written {
             primary: capabilities.primary.bits(),
-            pin: capabilities.pin.bits(),
             entry: capabilities.entry.bits(),
             rflags: self.registers.rflags,
             host_fs_base: host::fs_base(),
@@ -185,7 +189,7 @@ impl VmxVcpu {
         let bitmap = core.msr_bitmap.physical_address();
         let written = &self.written;
         self.with_vmcs(|vmcs| {
-            vmcs.write(fields::PIN_CONTROLS, written.pin);
+            vmcs.write(fields::PIN_CONTROLS, capabilities.pin.bits());
             vmcs.write(fields::PRIMARY_CONTROLS, written.primary);
             if let Some(secondary) = capabilities.secondary {
                 use crate::controls::SecondaryControls;
@@ -425,23 +429,21 @@ impl VmxVcpu {
         }
     }
 
+    /// Winds up the preemption timer. Without a time slice, it only sees to it that the host gets
+    /// its interrupts (see [`LONGEST_RUN`]).
     fn write_time_slice(&mut self, vmcs: &CurrentVmcs) {
-        let capabilities = &self.core.capabilities;
-        let mut pin = capabilities.pin;
-        if let (Some(deadline), Some(shift)) = (self.deadline, capabilities.preemption_timer_shift)
-        {
-            pin |= PinControls::PREEMPTION_TIMER;
+        let Some(shift) = self.core.capabilities.preemption_timer_shift else {
+            return;
+        };
+        let ticks = self.deadline.map_or(LONGEST_RUN, |deadline| {
             // SAFETY: every processor with VMX has the counter.
-            let left = deadline.saturating_sub(unsafe { _rdtsc() }) >> shift;
-            vmcs.write(
-                fields::PREEMPTION_TIMER_VALUE,
-                u32::try_from(left).unwrap_or(u32::MAX),
-            );
-        }
-        let pin = pin.bits();
-        if self.written.pin != pin {
-            vmcs.write(fields::PIN_CONTROLS, pin);
-            self.written.pin = pin;
+            let left = deadline.saturating_sub(unsafe { _rdtsc() });
+            left.min(LONGEST_RUN)
+        });
+        let timer = (ticks >> shift) as u32;
+        if self.written.timer != timer {
+            vmcs.write(fields::PREEMPTION_TIMER_VALUE, timer);
+            self.written.timer = timer;
         }
     }
 
@@ -553,7 +555,14 @@ impl VmxVcpu {
     fn note(&mut self, exit: Exit) -> Exit {
         match exit {
             Exit::InterruptWindow => self.pending.remove(Pending::WINDOW),
-            Exit::TimeSliceEnd => self.deadline = None,
+            Exit::TimeSliceEnd => {
+                // SAFETY: every processor with VMX has the counter.
+                let now = unsafe { _rdtsc() };
+                if self.deadline.is_none_or(|deadline| now < deadline) {
+                    return Exit::HostInterrupt;
+                }
+                self.deadline = None;
+            }
             _ => {}
         }
         exit
