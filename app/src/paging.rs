@@ -25,6 +25,16 @@ pub struct Paging {
     mmu: Arc<Mmu<GuestHost>>,
     vcpu: PagingVcpu,
     registers: PagingRegisters,
+    code_page: Option<CodePage>,
+}
+
+/// Where instructions were last fetched from. Like an entry of a processor's instruction TLB it
+/// holds until the guest drops translations, and it only ever holds what was allowed.
+#[derive(Clone, Copy)]
+struct CodePage {
+    page: Gva,
+    level: PrivilegeLevel,
+    frame: Gpa,
 }
 
 /// What the hardware must walk at the next entry.
@@ -47,6 +57,7 @@ impl Paging {
             mmu,
             vcpu,
             registers: PagingRegisters::RESET,
+            code_page: None,
         })
     }
 
@@ -72,6 +83,7 @@ impl Paging {
             registers.pdptrs = self.mmu.read_pdptrs(registers.cr3)?;
         }
         self.registers = registers;
+        self.code_page = None;
         self.mmu.load_registers(&mut self.vcpu, registers);
         Ok(())
     }
@@ -122,6 +134,7 @@ impl Paging {
 
     /// INVLPG.
     pub fn invalidate_page(&mut self, gva: Gva) {
+        self.code_page = None;
         self.mmu.invalidate_page(&mut self.vcpu, gva);
     }
 
@@ -205,6 +218,34 @@ pub enum MemoryError {
     Unwritable(Unwritable),
 }
 
+impl Paging {
+    /// The guest-physical page behind a page of code, if `level` may execute there.
+    fn code_frame(&mut self, page: Gva, level: PrivilegeLevel) -> Option<Gpa> {
+        if let Some(known) = self.code_page
+            && known.page == page
+            && known.level == level
+        {
+            return Some(known.frame);
+        }
+        let access = Access {
+            kind: AccessKind::Execute,
+            cpl: level as u8,
+            rflags: RFlags::empty(),
+            marking: Marking::Leave,
+        };
+        let frame = loop {
+            match self.mmu.translate(&self.vcpu, page, &access) {
+                Ok(frame) => break frame,
+                Err(TranslateError::Fault(_)) => return None,
+                // Another processor has changed the tables meanwhile.
+                Err(TranslateError::Retry) => {}
+            }
+        };
+        self.code_page = Some(CodePage { page, level, frame });
+        Some(frame)
+    }
+}
+
 /// How many of `length` bytes at `address` lie in its page.
 fn part_in_page(address: Gva, length: usize) -> usize {
     ((PAGE_SIZE - address.page_offset()) as usize).min(length)
@@ -218,19 +259,14 @@ impl CodeReader for Paging {
         address: Gva,
         buffer: &mut [u8; MAX_LENGTH],
     ) -> usize {
-        let access = Access {
-            kind: AccessKind::Execute,
-            cpl: level as u8,
-            rflags: RFlags::empty(),
-            marking: Marking::Leave,
-        };
         let mut done = 0;
         while done < buffer.len() {
             let part_address = address.wrapping_add(done as u64);
             let part = part_in_page(part_address, buffer.len() - done);
-            let Ok(gpa) = self.mmu.translate(&self.vcpu, part_address, &access) else {
+            let Some(frame) = self.code_frame(part_address.page_base(), level) else {
                 break;
             };
+            let gpa = frame.wrapping_add(part_address.page_offset());
             self.mmu
                 .host()
                 .ram()
