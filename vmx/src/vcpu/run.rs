@@ -1,0 +1,482 @@
+//! One round through the guest: entry, exit, and what the driver does between.
+//!
+//! Protocol: interrupts are off from the first line of [`VmxVcpu::run_uninterrupted`] to its last, and
+//! this vCPU's VMCS is current. An event leaves the queue only for an entry; a refused entry and an
+//! interrupted delivery put it back.
+
+use core::arch::asm;
+use core::arch::x86_64::_rdtsc;
+
+use umbra_vcpu::address::Gva;
+use umbra_vcpu::event::{Event, vector};
+use umbra_vcpu::exit::Exit;
+use umbra_vcpu::instruction::{self, MAX_LENGTH};
+use umbra_vcpu::registers::{CodeWidth, ControlRegisters, Gpr, Registers, SegmentRegister};
+use umbra_vcpu::{CodeReader, EntryFailure, PrivilegeLevel, ShadowMode, Vcpu};
+use x86_64::registers::control::Cr4Flags;
+use x86_64::registers::rflags::RFlags;
+
+use super::{
+    EferSide, LONGEST_RUN, Pending, VmxVcpu, merge, read_segment, read_table, write_efer_entry,
+};
+use crate::capabilities::Capabilities;
+use crate::check::{self, GuestState, Interruptibility, Rules};
+use crate::controls::{EntryControls, PrimaryControls};
+use crate::entry::{self, EntryKind};
+use crate::event::{Injection, is_fault};
+use crate::exit::{self, GuestView, RawExit, reason};
+use crate::instructions::{self, CurrentVmcs, Invvpid};
+use crate::paging::{self, HardwareControl};
+use crate::{bank, fields, host};
+
+impl VmxVcpu {
+    /// Everything between "interrupts off" and "interrupts on".
+    pub(super) fn run_uninterrupted(
+        &mut self,
+        code: &mut dyn CodeReader,
+    ) -> Result<Exit, EntryFailure> {
+        let vmcs = self.current();
+        self.write_control_registers(&vmcs)?;
+        if self.pending.contains(Pending::CHECK) {
+            check::check(&self.guest_state(&vmcs), &self.rules())?;
+            self.pending.remove(Pending::CHECK);
+        }
+        let event = self.inject(&vmcs);
+        self.write_changed_fields(&vmcs);
+        let entered = self.enter(&vmcs);
+        let reason = vmcs.read(fields::EXIT_REASON);
+        if entered && let Some(exit) = exit::decode_plain(reason, &self.registers) {
+            self.launch = EntryKind::Resume;
+            self.read_back(&vmcs);
+            return Ok(self.note(exit));
+        }
+        let raw = RawExit::read(&vmcs, reason);
+        if !entered || raw.is_entry_failure() {
+            return Err(self.entry_refused(&vmcs, event, entered.then_some(raw)));
+        }
+        self.launch = EntryKind::Resume;
+        self.read_back(&vmcs);
+        self.account_for_interrupted_event(&raw);
+        Ok(self.conclude(&vmcs, &raw, code))
+    }
+
+    /// Derives the hardware's control registers and writes those that changed.
+    fn write_control_registers(&mut self, vmcs: &CurrentVmcs) -> Result<(), EntryFailure> {
+        if !self.pending.contains(Pending::CONTROL) {
+            return Ok(());
+        }
+        let paging = self.paging.ok_or(EntryFailure {
+            field: "CR3",
+            rule: "the guest has no shadow root yet",
+            value: 0,
+        })?;
+        let capabilities = &self.core.capabilities;
+        let long = paging::is_long_mode(&self.control);
+        if long == (paging.mode == ShadowMode::Pae) {
+            return Err(EntryFailure {
+                field: "IA32_EFER",
+                rule: "the shadow tables must have four or five levels exactly if the guest is in \
+                       long mode",
+                value: self.control.efer,
+            });
+        }
+        let old = self.written.control;
+        let new =
+            HardwareControl::derive(&self.control, paging, capabilities.cr0, capabilities.cr4);
+        // Always, because the guest changes the bits that it owns without an exit.
+        vmcs.write(fields::GUEST_CR0, new.cr0);
+        vmcs.write(fields::GUEST_CR4, new.cr4);
+        vmcs.write(fields::CR0_READ_SHADOW, new.cr0_shadow);
+        vmcs.write(fields::CR4_READ_SHADOW, new.cr4_shadow);
+        if old.efer != new.efer {
+            match &self.efer_area {
+                None => vmcs.write(fields::GUEST_EFER, new.efer),
+                Some(area) => write_efer_entry(area, EferSide::Guest, new.efer),
+            }
+            let mut entry = capabilities.entry;
+            entry.set(EntryControls::IA32E_MODE_GUEST, long);
+            let entry = entry.bits();
+            write_if_changed(self.written.entry, entry, |value| {
+                vmcs.write(fields::ENTRY_CONTROLS, value);
+            });
+            self.written.entry = entry;
+        }
+        if (old.cr4 ^ new.cr4) & !paging::CR4_GUEST_OWNED != 0 || old.efer != new.efer {
+            self.pending.insert(Pending::FLUSH);
+        }
+        self.written.control = new;
+        self.pending.remove(Pending::CONTROL);
+        Ok(())
+    }
+
+    /// Takes the next event from the queue into the VMCS and asks for the windows that the rest
+    /// waits for.
+    fn inject(&mut self, vmcs: &CurrentVmcs) -> Option<Event> {
+        let base = self.core.capabilities.primary.bits();
+        if self.events.is_empty()
+            && !self.pending.contains(Pending::WINDOW)
+            && self.written.primary == base
+        {
+            return None;
+        }
+        let windows = self.windows();
+        let event = self.events.next_event(windows);
+        if let Some(event) = &event {
+            self.write_injection(vmcs, event);
+            // The delivery ends a shadow; left set, it could contradict the pending single step.
+            self.interruptibility
+                .remove(Interruptibility::STI | Interruptibility::MOV_SS);
+        }
+        let mut primary = self.core.capabilities.primary;
+        // An STI shadow hides NMIs, too, but only the interrupt window waits for its end.
+        let nmi = self.events.needs_nmi_window();
+        let sti = self.interruptibility.contains(Interruptibility::STI);
+        primary.set(PrimaryControls::NMI_WINDOW_EXITING, nmi && !sti);
+        primary.set(
+            PrimaryControls::INTERRUPT_WINDOW_EXITING,
+            self.pending.contains(Pending::WINDOW)
+                || self.events.needs_interrupt_window()
+                || (nmi && sti),
+        );
+        let primary = primary.bits();
+        if self.written.primary != primary {
+            vmcs.write(fields::PRIMARY_CONTROLS, primary);
+            self.written.primary = primary;
+        }
+        event
+    }
+
+    fn write_injection(&mut self, vmcs: &CurrentVmcs, event: &Event) {
+        let injection = Injection::new(event);
+        vmcs.write(
+            fields::ENTRY_INTERRUPTION_INFORMATION,
+            injection.information,
+        );
+        if let Some(error_code) = injection.error_code {
+            vmcs.write(fields::ENTRY_EXCEPTION_ERROR_CODE, error_code);
+        }
+        if let Some(length) = injection.instruction_length {
+            vmcs.write(fields::ENTRY_INSTRUCTION_LENGTH, length);
+        }
+        if let Event::Exception(exception) = event {
+            if let Some(address) = exception.address {
+                self.control.cr2 = address;
+            }
+            if is_fault(exception.vector) {
+                self.registers.rflags |= RFlags::RESUME_FLAG.bits();
+            }
+        }
+    }
+
+    fn write_changed_fields(&mut self, vmcs: &CurrentVmcs) {
+        let rsp = self.registers.get(Gpr::Rsp);
+        let interruptibility = self.interruptibility.bits();
+        let written = &mut self.written;
+        write_if_changed(written.rip, self.registers.rip, |value| {
+            vmcs.write(fields::GUEST_RIP, value);
+        });
+        write_if_changed(written.rsp, rsp, |value| {
+            vmcs.write(fields::GUEST_RSP, value);
+        });
+        write_if_changed(written.rflags, self.registers.rflags, |value| {
+            vmcs.write(fields::GUEST_RFLAGS, value);
+        });
+        if written.interruptibility != interruptibility {
+            vmcs.write(fields::GUEST_INTERRUPTIBILITY, interruptibility);
+        }
+        let host_fs_base = host::fs_base();
+        write_if_changed(written.host_fs_base, host_fs_base, |value| {
+            vmcs.write(fields::HOST_FS_BASE, value);
+        });
+        written.rip = self.registers.rip;
+        written.rsp = rsp;
+        written.rflags = self.registers.rflags;
+        written.interruptibility = interruptibility;
+        written.host_fs_base = host_fs_base;
+        self.write_time_slice(vmcs);
+        if self.pending.contains(Pending::FLUSH) {
+            self.pending.remove(Pending::FLUSH);
+            if let Some(vpid) = self.vpid {
+                // SAFETY: identifiers are given out only with this type of INVVPID.
+                let flushed = unsafe { instructions::invvpid(vpid, Invvpid::SingleContext) };
+                assert!(flushed.is_ok(), "INVVPID of a vCPU's own identifier failed");
+            }
+        }
+    }
+
+    /// Winds up the preemption timer. Without a time slice, it only sees to it that the host gets
+    /// its interrupts (see [`LONGEST_RUN`]).
+    fn write_time_slice(&mut self, vmcs: &CurrentVmcs) {
+        let Some(shift) = self.core.capabilities.preemption_timer_shift else {
+            return;
+        };
+        let ticks = self.deadline.map_or(LONGEST_RUN, |deadline| {
+            // SAFETY: every processor with VMX has the counter.
+            let left = deadline.saturating_sub(unsafe { _rdtsc() });
+            left.min(LONGEST_RUN)
+        });
+        let timer = (ticks >> shift) as u32;
+        if self.written.timer != timer {
+            vmcs.write(fields::PREEMPTION_TIMER_VALUE, timer);
+            self.written.timer = timer;
+        }
+    }
+
+    /// Enters the guest and comes back. Returns whether the processor took the instruction.
+    fn enter(&mut self, _vmcs: &CurrentVmcs) -> bool {
+        // SAFETY: the state is leaked memory of this vCPU, released and freed by its drop.
+        unsafe { self.core.acquire_extended_state(self.extended) };
+        self.core.bank.acquire(&self.bank);
+        // Without CR4.OSXSAVE the guest can neither read XCR0 nor use what it controls.
+        let xcr0 = if self.control.cr4 & Cr4Flags::OSXSAVE.bits() == 0 {
+            None
+        } else {
+            self.core.foreign_xcr0(self.control.xcr0)
+        };
+        if let Some(pair) = xcr0 {
+            // SAFETY: the host has OSXSAVE set if there is a pair; the run loop checked the value.
+            unsafe { host::write_xcr0(pair.guest) };
+        }
+        let cr2 = self.control.cr2.as_u64();
+        let (status, cr2_after): (u64, u64);
+        if read_cr2() != cr2 {
+            // SAFETY: CR2 means nothing to the host outside its own page-fault handler, and
+            // interrupts are off.
+            unsafe { asm!("mov cr2, {}", in(reg) cr2, options(nomem, nostack, preserves_flags)) };
+        }
+        // SAFETY: 1. interrupts are off and the VMCS is this vCPU's, with host state of this core.
+        // 2. The registers and the cache are fields of `self`. 3. The shadow tables are the
+        // caller's promise of `set_shadow_paging`; the pass-through registers are in the bank.
+        unsafe {
+            status = entry::enter(&raw mut self.registers, self.launch, &raw mut self.host_rsp);
+        }
+        cr2_after = read_cr2();
+        self.control.cr2 = Gva::new(cr2_after);
+        if let Some(pair) = xcr0 {
+            // SAFETY: the host's own value.
+            unsafe { host::write_xcr0(pair.host) };
+        }
+        status == entry::ENTRY_DONE
+    }
+
+    /// Copies out what every exit changes.
+    fn read_back(&mut self, vmcs: &CurrentVmcs) {
+        self.registers.rip = vmcs.read(fields::GUEST_RIP);
+        self.registers.rflags = vmcs.read(fields::GUEST_RFLAGS);
+        let rsp = vmcs.read(fields::GUEST_RSP);
+        self.registers.set(Gpr::Rsp, rsp);
+        let interruptibility = vmcs.read(fields::GUEST_INTERRUPTIBILITY);
+        self.interruptibility = Interruptibility::from_bits_retain(interruptibility);
+        self.written.rip = self.registers.rip;
+        self.written.rflags = self.registers.rflags;
+        self.written.rsp = rsp;
+        self.written.interruptibility = interruptibility;
+    }
+
+    /// Puts back an event whose delivery the exit cut short, and keeps NMI blocking right
+    /// (SDM vol. 3C 28.2.4, 28.2.3).
+    fn account_for_interrupted_event(&mut self, raw: &RawExit) {
+        let vectoring = raw.interrupted();
+        if let Some(event) = vectoring.event(self.control.cr2) {
+            if vectoring.is_nmi() {
+                self.interruptibility.remove(Interruptibility::NMI);
+            }
+            self.events.restore(event);
+        } else if raw.interruption.unblocked_nmis() {
+            self.interruptibility.insert(Interruptibility::NMI);
+        }
+    }
+
+    /// Decodes the exit and does what belongs to the driver.
+    fn conclude(&mut self, vmcs: &CurrentVmcs, raw: &RawExit, code: &mut dyn CodeReader) -> Exit {
+        let exit = exit::decode(
+            raw,
+            &self.registers,
+            &mut View {
+                control: &self.control,
+                registers: &self.registers,
+                capabilities: &self.core.capabilities,
+                vmcs,
+                code,
+            },
+        );
+        match exit {
+            // NMIs stay blocked after the exit until an IRET; the handler's does that.
+            // SAFETY: the host's table has a handler for non-maskable interrupts.
+            Exit::HostNmi => unsafe { asm!("int 2") },
+            Exit::Exception(exception) => match exception.vector {
+                // SAFETY: the host's table has a handler for machine checks.
+                vector::MACHINE_CHECK => unsafe { asm!("int 18") },
+                // INT1 is a trap: its handler returns past it, and it leaves DR6 alone.
+                vector::DEBUG if raw.interruption.is_int1() => {
+                    let length = u64::from(raw.interruption.instruction_length);
+                    self.registers.rip = self.registers.rip.wrapping_add(length);
+                }
+                vector::DEBUG => {
+                    bank::report_debug_conditions(raw.qualification);
+                    // Delivery clears DR7.GD (SDM vol. 3B 18.2.4).
+                    let dr7 = vmcs.read(fields::GUEST_DR7);
+                    vmcs.write(fields::GUEST_DR7, dr7 & !(1 << 13));
+                }
+                _ => {}
+            },
+            _ => {}
+        }
+        exit
+    }
+
+    /// Takes back the request that the exit has answered.
+    #[inline]
+    fn note(&mut self, exit: Exit) -> Exit {
+        match exit {
+            Exit::InterruptWindow => self.pending.remove(Pending::WINDOW),
+            Exit::TimeSliceEnd => {
+                // SAFETY: every processor with VMX has the counter.
+                let now = unsafe { _rdtsc() };
+                if self.deadline.is_none_or(|deadline| now < deadline) {
+                    return Exit::HostInterrupt;
+                }
+                self.deadline = None;
+            }
+            _ => {}
+        }
+        exit
+    }
+
+    /// Finds out why the processor refused, and puts the event back.
+    #[cold]
+    fn entry_refused(
+        &mut self,
+        vmcs: &CurrentVmcs,
+        event: Option<Event>,
+        raw: Option<RawExit>,
+    ) -> EntryFailure {
+        let state = self.guest_state(vmcs);
+        vmcs.write(fields::ENTRY_INTERRUPTION_INFORMATION, 0);
+        if let Some(event) = event {
+            self.events.restore(event);
+        }
+        self.pending.insert(Pending::CHECK);
+        if let Err(failure) = check::check(&state, &self.rules()) {
+            return failure;
+        }
+        match raw {
+            None => check::describe_instruction_error(vmcs.read(fields::INSTRUCTION_ERROR)),
+            Some(raw) => {
+                if raw.basic_reason() == reason::MACHINE_CHECK_DURING_ENTRY {
+                    // SAFETY: as in `conclude`.
+                    unsafe { asm!("int 18") };
+                }
+                check::describe_entry_failure(raw.basic_reason(), raw.qualification)
+            }
+        }
+    }
+
+    fn rules(&self) -> Rules {
+        Rules {
+            cr0: self.core.capabilities.cr0,
+            cr4: self.core.capabilities.cr4,
+            physical_bits: self.core.physical_bits,
+            linear_bits: self.core.linear_bits,
+        }
+    }
+
+    /// What the checker looks at, as the VMCS is about to hold it.
+    fn guest_state(&self, vmcs: &CurrentVmcs) -> GuestState {
+        GuestState {
+            entry: EntryControls::from_bits_retain(self.written.entry),
+            cr0: vmcs.read(fields::GUEST_CR0),
+            cr3: vmcs.read(fields::GUEST_CR3),
+            cr4: vmcs.read(fields::GUEST_CR4),
+            efer: self.written.control.efer,
+            dr7: vmcs.read(fields::GUEST_DR7),
+            debugctl: vmcs.read(fields::GUEST_DEBUGCTL),
+            sysenter_esp: vmcs.read(fields::GUEST_SYSENTER_ESP),
+            sysenter_eip: vmcs.read(fields::GUEST_SYSENTER_EIP),
+            segments: SegmentRegister::ALL.map(|register| read_segment(vmcs, register)),
+            gdtr: read_table(vmcs, fields::GUEST_GDTR_BASE, fields::GUEST_GDTR_LIMIT),
+            idtr: read_table(vmcs, fields::GUEST_IDTR_BASE, fields::GUEST_IDTR_LIMIT),
+            rip: self.registers.rip,
+            rflags: self.registers.rflags,
+            activity: vmcs.read(fields::GUEST_ACTIVITY_STATE),
+            interruptibility: self.interruptibility,
+            pending_debug: vmcs.read(fields::GUEST_PENDING_DEBUG_EXCEPTIONS),
+            injection: vmcs.read(fields::ENTRY_INTERRUPTION_INFORMATION),
+        }
+    }
+}
+
+#[inline]
+fn write_if_changed<T: Copy + PartialEq>(old: T, new: T, write: impl FnOnce(T)) {
+    if old != new {
+        write(new);
+    }
+}
+
+fn read_cr2() -> u64 {
+    let value: u64;
+    // SAFETY: reading CR2 has no effect.
+    unsafe { asm!("mov {}, cr2", out(reg) value, options(nomem, nostack, preserves_flags)) };
+    value
+}
+
+/// What [`exit::decode`] may ask of the guest.
+struct View<'a> {
+    control: &'a ControlRegisters,
+    registers: &'a Registers,
+    capabilities: &'a Capabilities,
+    vmcs: &'a CurrentVmcs,
+    code: &'a mut dyn CodeReader,
+}
+
+impl GuestView for View<'_> {
+    fn cr0(&self) -> u64 {
+        let hardware = self.vmcs.read(fields::GUEST_CR0);
+        merge(self.control.cr0, hardware, paging::CR0_GUEST_OWNED)
+    }
+
+    fn code_width(&self) -> CodeWidth {
+        instruction::code_width(
+            self.control,
+            self.registers.rflags,
+            &read_segment(self.vmcs, SegmentRegister::Cs),
+        )
+    }
+
+    fn segment_base(&self, register: SegmentRegister) -> u64 {
+        self.vmcs.read(fields::guest_segment(register).base)
+    }
+
+    fn io_address_width(&mut self, information: u32) -> CodeWidth {
+        const ADDRESS_SIZE_PREFIX: u8 = 0x67;
+        if self.capabilities.string_io_information {
+            return exit::string_address_width(information);
+        }
+        let width = self.code_width();
+        let base = match width {
+            CodeWidth::Bits64 => 0,
+            _ => self.segment_base(SegmentRegister::Cs),
+        };
+        let address = Gva::new(base.wrapping_add(self.registers.rip));
+        let level = read_segment(self.vmcs, SegmentRegister::Ss).privilege_level();
+        let mut bytes = [0; MAX_LENGTH];
+        let length = self.code.read_code(
+            self.control,
+            PrivilegeLevel::from_bits(level),
+            address,
+            &mut bytes,
+        );
+        // INS and OUTS have one-byte opcodes, 0x6c to 0x6f; all before them are prefixes.
+        let prefixed = bytes[..length]
+            .iter()
+            .take_while(|byte| !(0x6c..=0x6f).contains(*byte))
+            .any(|&byte| byte == ADDRESS_SIZE_PREFIX);
+        match (width, prefixed) {
+            (CodeWidth::Bits16 | CodeWidth::Bits64, true) | (CodeWidth::Bits32, false) => {
+                CodeWidth::Bits32
+            }
+            (CodeWidth::Bits16, false) | (CodeWidth::Bits32, true) => CodeWidth::Bits16,
+            (CodeWidth::Bits64, false) => CodeWidth::Bits64,
+        }
+    }
+}
