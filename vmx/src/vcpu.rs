@@ -18,7 +18,7 @@ use umbra_vcpu::exit::Exit;
 use umbra_vcpu::extended_state::ExtendedState;
 use umbra_vcpu::host::{HostMemory, PageBlock, PageBlockError};
 use umbra_vcpu::registers::{
-    ControlRegisters, DescriptorTable, Gpr, Registers, Segment, SegmentAttributes, SegmentRegister,
+    ControlRegisters, DescriptorTable, Registers, Segment, SegmentAttributes, SegmentRegister,
 };
 use umbra_vcpu::{CodeReader, EntryFailure, Flush, MsrError, ShadowPaging, TimeSlice, Vcpu};
 use x86_64::instructions::interrupts;
