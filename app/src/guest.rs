@@ -15,7 +15,7 @@ use umbra_machine::processor::cpuid::CpuidPolicy;
 use umbra_machine::{Machine, Shutdown};
 use umbra_mmu::{Mmu, MmuError, RootChange};
 use umbra_report::{Exhausted, MmuCounters, Outcome, Report};
-use umbra_vcpu::event::{Exception, TripleFault, Window};
+use umbra_vcpu::event::{Exception, TripleFault, Window, vector};
 use umbra_vcpu::exit::Exit;
 use umbra_vcpu::{EntryFailure, Flush, TimeSlice, Vcpu};
 
@@ -226,6 +226,8 @@ impl Guest {
                 address,
                 error_code,
             } => self.page_fault(address, error_code),
+            // A machine check is the host's, and the driver has handed it over.
+            Exit::Exception(exception) if exception.vector == vector::MACHINE_CHECK => Ok(()),
             Exit::Exception(exception) => self.raise(exception),
             Exit::HostInterrupt | Exit::TimeSliceEnd => {
                 self.advance_time();
