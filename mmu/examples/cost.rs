@@ -2,40 +2,71 @@
 //!
 //! ```text
 //! cargo build --release -p umbra-mmu --example cost
-//! valgrind --tool=callgrind --callgrind-out-file=/dev/null target/release/examples/cost fill 10000
+//! valgrind --tool=callgrind --callgrind-out-file=/dev/null --toggle-collect='cost::measured*' \
+//!     target/release/examples/cost fill 10000
 //! ```
 //!
-//! The cost of one is the difference between two counts. `fill COUNT` fills 4 KiB mappings whose
-//! tables are all shadowed; `build COUNT` fills mappings that need three new pages each;
-//! `zap PAGES BATCH` makes leaf tables and shrinks them away in batches.
+//! Only what is inside of `measured` is counted. `fill COUNT` fills 4 KiB mappings whose tables are
+//! all shadowed; `build COUNT` fills mappings that need three new pages each; `zap PAGES BATCH` makes
+//! leaf tables and takes them away in batches; `trace hot|scan PAGES clock|fifo` counts the faults of
+//! a guest that has fewer pages than it needs.
 #![allow(
     clippy::precedence,
     reason = "bits are written as the manual draws them"
 )]
 
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use umbra_mmu::{
-    Fault, Frames, GuestMemory, MemorySlot, MmuConfig, MmuPool, OutOfMemory, PagingRegisters,
-    SlotFlags, SlotId, TlbFlush, Touch, Zone,
+    Fault, Frames, GuestMemory, MemorySlot, Mmu, MmuConfig, MmuPool, OutOfMemory, PagingRegisters,
+    SlotFlags, SlotId, TlbFlush, Touch, Vcpu, VictimPolicy, Zone,
 };
 use umbra_vcpu::address::{Gfn, Gva, Hpa, Pfn};
 use x86_64::registers::control::{Cr0Flags, Cr4Flags, EferFlags};
 use x86_64::registers::rflags::RFlags;
 use x86_64::structures::idt::PageFaultErrorCode;
 
+static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
+
+struct Counting;
+
+// SAFETY: everything is left to the system's allocator.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Relaxed);
+        // SAFETY: the caller's promises are the same.
+        unsafe { System.alloc(layout) }
+    }
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: the caller's promises are the same.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+const LINK: u64 = 0x67;
+/// Where the guest's tables of each level lie, and the memory that they map. Nothing of it is stored:
+/// an entry is computed when it is read.
+const TABLES_4: u64 = 1;
+const TABLES_3: u64 = 2;
+const TABLES_2: u64 = TABLES_3 + 512;
+const TABLES_1: u64 = TABLES_2 + 512 * 512;
+const MEMORY: u64 = TABLES_1 + (1 << 18);
+const PAGES: u64 = MEMORY + (1 << 21);
+
 struct Host {
     words: Vec<AtomicU64>,
     free: Mutex<Vec<u64>>,
+    flushes: AtomicU64,
 }
 
 impl Host {
-    fn word(&self, frame: u64, index: usize) -> &AtomicU64 {
-        &self.words[frame as usize * 512 + index]
-    }
-
     fn entry(&self, frame: Hpa, index: usize) -> &AtomicU64 {
-        self.word(Pfn::containing(frame).as_u64(), index)
+        &self.words[Pfn::containing(frame).as_u64() as usize * 512 + index]
     }
 }
 
@@ -47,30 +78,29 @@ impl GuestMemory for Host {
         (self.load_u64(frame, offset & !7) >> (offset % 8 * 8)) as u32
     }
     fn load_u64(&self, frame: Pfn, offset: usize) -> u64 {
-        self.word(frame.as_u64(), offset / 8).load(Relaxed)
+        let (table, index) = (frame.as_u64(), offset as u64 / 8);
+        let below = |first: u64, tables: u64| tables + (table - first) * 512 + index;
+        let target = match table {
+            MEMORY.. => 0,
+            TABLES_1.. => MEMORY + below(TABLES_1, 0) % (PAGES - MEMORY),
+            TABLES_2.. => TABLES_1 + below(TABLES_2, 0) % (MEMORY - TABLES_1),
+            TABLES_3.. => below(TABLES_3, TABLES_2),
+            _ => below(TABLES_4, TABLES_3),
+        };
+        target << 12 | LINK
     }
     fn compare_exchange_u32(&self, _: Pfn, _: usize, current: u32, _: u32) -> Result<u32, u32> {
         Ok(current)
     }
-    fn compare_exchange_u64(
-        &self,
-        frame: Pfn,
-        offset: usize,
-        current: u64,
-        new: u64,
-    ) -> Result<u64, u64> {
-        self.word(frame.as_u64(), offset / 8)
-            .compare_exchange(current, new, Relaxed, Relaxed)
+    fn compare_exchange_u64(&self, _: Pfn, _: usize, current: u64, _: u64) -> Result<u64, u64> {
+        Ok(current)
     }
 }
 
 impl Frames for Host {
     fn allocate(&self, _: Zone) -> Option<Hpa> {
-        self.free
-            .lock()
-            .ok()?
-            .pop()
-            .map(|frame| Pfn::new(frame).base())
+        let frame = self.free.lock().ok()?.pop()?;
+        Some(Pfn::new(frame).base())
     }
     fn free(&self, frame: Hpa) {
         if let Ok(mut free) = self.free.lock() {
@@ -99,82 +129,194 @@ impl Frames for Host {
 }
 
 impl TlbFlush for Host {
-    fn flush_all(&self) {}
+    fn flush_all(&self) {
+        self.flushes.fetch_add(1, Relaxed);
+    }
 }
 
-const LINK: u64 = 0x67;
+/// What callgrind counts.
+#[inline(never)]
+fn measured<R>(work: impl FnOnce() -> R) -> R {
+    work()
+}
 
-fn main() {
-    let arguments: Vec<String> = std::env::args().collect();
-    let number = |index: usize| -> u64 {
-        arguments
-            .get(index)
-            .and_then(|text| text.parse().ok())
-            .unwrap_or(1000)
-    };
-    let what = arguments.get(1).map_or("fill", String::as_str);
-    let count = number(2);
-    // One page table that maps frame 0 everywhere serves all addresses: tables 1 to 4.
-    let frames = 8 + 4 * count.min(20_000) + 64;
-    let host = Host {
-        words: (0..frames * 512).map(|_| AtomicU64::new(0)).collect(),
-        free: Mutex::new((8..frames).collect()),
-    };
-    for index in 0..512 {
-        host.word(1, index).store(2 << 12 | LINK, Relaxed);
-        host.word(2, index).store(3 << 12 | LINK, Relaxed);
-        host.word(3, index).store(4 << 12 | LINK, Relaxed);
-        host.word(4, index).store(5 << 12 | LINK, Relaxed);
+struct Guest {
+    mmu: Arc<Mmu<Host>>,
+    vcpu: Vcpu,
+    faults: u64,
+}
+
+impl Guest {
+    fn new(frames: u64, limit: usize, victims: VictimPolicy) -> Self {
+        let host = Host {
+            words: (0..frames * 512).map(|_| AtomicU64::new(0)).collect(),
+            free: Mutex::new((1..frames).collect()),
+            flushes: AtomicU64::new(0),
+        };
+        let config = MmuConfig {
+            limit,
+            victims,
+            prefetch: 1,
+            ..MmuConfig::default()
+        };
+        let mmu = MmuPool::new(usize::MAX).create(host, config);
+        let memory = MemorySlot {
+            id: SlotId(0),
+            base: Gfn::new(0),
+            pages: PAGES,
+            flags: SlotFlags::empty(),
+        };
+        mmu.add_slot(memory).expect("the first slot");
+        let mut vcpu = mmu.create_vcpu().expect("memory");
+        let registers = PagingRegisters {
+            cr0: Cr0Flags::PROTECTED_MODE_ENABLE | Cr0Flags::PAGING | Cr0Flags::WRITE_PROTECT,
+            cr3: umbra_mmu::Cr3::new(TABLES_4 << 12),
+            cr4: Cr4Flags::PHYSICAL_ADDRESS_EXTENSION,
+            efer: EferFlags::LONG_MODE_ENABLE,
+            ..PagingRegisters::RESET
+        };
+        mmu.load_registers(&mut vcpu, registers);
+        let mut guest = Self {
+            mmu,
+            vcpu,
+            faults: 0,
+        };
+        guest.fault(0);
+        guest
     }
-    let pool = MmuPool::new(usize::MAX);
-    let config = MmuConfig {
-        limit: 1 << 20,
-        prefetch: 1,
-        ..MmuConfig::default()
-    };
-    let mmu = pool.create(host, config);
-    let memory = MemorySlot {
-        id: SlotId(0),
-        base: Gfn::new(0),
-        pages: 8,
-        flags: SlotFlags::empty(),
-    };
-    mmu.add_slot(memory).expect("the first slot");
-    let mut vcpu = mmu.create_vcpu().expect("memory");
-    let registers = PagingRegisters {
-        cr0: Cr0Flags::PROTECTED_MODE_ENABLE | Cr0Flags::PAGING | Cr0Flags::WRITE_PROTECT,
-        cr3: umbra_mmu::Cr3::new(1 << 12),
-        cr4: Cr4Flags::PHYSICAL_ADDRESS_EXTENSION,
-        efer: EferFlags::LONG_MODE_ENABLE,
-        ..PagingRegisters::RESET
-    };
-    mmu.load_registers(&mut vcpu, registers);
-    let mut touch = |gva: u64| {
-        mmu.prepare_entry(&mut vcpu).expect("memory");
+
+    fn fault(&mut self, gva: u64) {
+        self.mmu.prepare_entry(&mut self.vcpu).expect("memory");
+        self.handle(gva);
+    }
+
+    fn handle(&mut self, gva: u64) {
         let fault = Fault {
             gva: Gva::new(gva),
             error: PageFaultErrorCode::empty(),
             cpl: 0,
             rflags: RFlags::empty(),
         };
-        mmu.handle_page_fault(&mut vcpu, &fault).expect("memory");
-    };
-    match what {
-        "fill" => (0..count).for_each(|index| touch((index % 512) << 12)),
-        "build" => {
-            for index in 0..count {
-                touch((index % 256) << 39);
-                pool.scan(100);
+        self.mmu
+            .handle_page_fault(&mut self.vcpu, &fault)
+            .expect("memory");
+        self.faults += 1;
+    }
+
+    /// Reads as the hardware does: sets accessed bits on the way, faults where nothing is mapped.
+    fn read(&mut self, gva: u64) {
+        let entry = self.mmu.prepare_entry(&mut self.vcpu).expect("memory");
+        let mut table = entry.root;
+        for level in (0..4).rev() {
+            let index = (gva >> (12 + 9 * level) & 511) as usize;
+            let entry = self.mmu.host().entry(table, index);
+            if entry.load(Relaxed) & 1 == 0 {
+                return self.fault(gva);
             }
-        }
-        _ => {
-            // Every page table is the same frame with one role, so it takes different rights in the
-            // levels above to get many: a root for each instead.
-            for index in 0..count {
-                touch(index << 12);
-            }
-            while pool.scan(number(3) as usize).freed > 0 {}
+            let value = entry.fetch_or(0x20, Relaxed);
+            table = Hpa::new(value & 0x000f_ffff_ffff_f000);
         }
     }
-    println!("{:?}", mmu.statistics());
+}
+
+fn fill(count: u64) {
+    let mut guest = Guest::new(8 + count / 256, 1 << 20, VictimPolicy::Clock);
+    for page in 0..count {
+        let gva = (page / 511 * 512 + page % 511 + 1) << 12;
+        if page % 511 == 0 {
+            guest.fault(gva & !0x1f_ffff);
+        }
+        measured(|| guest.handle(gva));
+    }
+    println!("{count} mappings filled: {:?}", guest.mmu.statistics());
+}
+
+fn build(count: u64) {
+    assert!(count < 256, "the lower half has 256 ranges of 512 GiB");
+    let mut guest = Guest::new(16 + 4 * count, 1 << 20, VictimPolicy::Clock);
+    for range in 1..=count {
+        measured(|| guest.handle(range << 39));
+    }
+    println!("{count} paths built: {:?}", guest.mmu.statistics());
+}
+
+fn zap(pages: usize, batch: usize) {
+    let mut guest = Guest::new(pages as u64 + 1024, 1 << 20, VictimPolicy::Clock);
+    let mut gva = 0;
+    while guest.mmu.used() < pages {
+        for page in 0..4 {
+            guest.handle(gva + (page << 12));
+        }
+        gva += 1 << 21;
+    }
+    guest.mmu.release_caches();
+    let held = guest.mmu.used();
+    let (flushes, allocations) = (
+        guest.mmu.host().flushes.load(Relaxed),
+        ALLOCATIONS.load(Relaxed),
+    );
+    let mut batches = 0;
+    let mut limit = guest.mmu.used();
+    while limit > batch {
+        limit -= batch;
+        measured(|| guest.mmu.set_limit(limit));
+        batches += 1;
+        // An upper table takes along what only it pointed to.
+        limit = limit.min(guest.mmu.used());
+    }
+    println!(
+        "{} of {held} pages zapped in {batches} batches, {} flushes, {} allocations",
+        held - guest.mmu.used(),
+        guest.mmu.host().flushes.load(Relaxed) - flushes,
+        ALLOCATIONS.load(Relaxed) - allocations
+    );
+}
+
+/// 256 regions of 2 MiB: nine of ten reads go to 16 hot ones (`hot`), or to those while every tenth
+/// goes to the next of the others in turn (`scan`).
+fn trace(kind: &str, pages: usize, victims: VictimPolicy) {
+    let mut guest = Guest::new(4096, pages, victims);
+    guest.faults = 0;
+    let mut random: u64 = 1;
+    let mut cold: u64 = 0;
+    let mut pick = |below: u64| {
+        random = random
+            .wrapping_mul(6364136223846793005)
+            .wrapping_add(1442695040888963407);
+        (random >> 33) % below
+    };
+    for step in 0..100_000_u64 {
+        let region = match kind {
+            "hot" if pick(10) > 0 => pick(16) * 16,
+            "hot" => pick(256),
+            _ if step % 10 > 0 => pick(16) * 16,
+            _ => {
+                cold += 1;
+                cold % 256
+            }
+        };
+        measured(|| guest.read(region << 21));
+    }
+    println!(
+        "{kind} trace, {pages} pages, {victims:?}: {} faults in 100000 reads",
+        guest.faults
+    );
+}
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().collect();
+    let text = |index: usize| arguments.get(index).map_or("", String::as_str);
+    let number = |index: usize, default: u64| text(index).parse().unwrap_or(default);
+    match text(1) {
+        "build" => build(number(2, 250)),
+        "zap" => zap(number(2, 1000) as usize, number(3, 25) as usize),
+        "trace" => {
+            let victims = match text(4) {
+                "fifo" => VictimPolicy::Fifo,
+                _ => VictimPolicy::Clock,
+            };
+            trace(text(2), number(3, 64) as usize, victims);
+        }
+        _ => fill(number(2, 1000)),
+    }
 }

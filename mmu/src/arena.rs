@@ -26,6 +26,7 @@ impl<T: Default> Arena<T> {
     }
 
     /// Items that can be taken without more storage.
+    #[inline]
     pub fn available(&self) -> usize {
         self.free.len() + self.items.capacity() - self.items.len().max(1).min(self.items.capacity())
     }
@@ -52,6 +53,7 @@ impl<T: Default> Arena<T> {
     }
 
     /// Puts `item` somewhere and names it.
+    #[inline]
     pub fn take(&mut self, item: T) -> u32 {
         if let Some(number) = self.free.pop() {
             self.items[number as usize] = item;

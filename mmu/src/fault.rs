@@ -87,8 +87,7 @@ impl<H: Host> Core<'_, H> {
         };
         let Some(slot) = self.state.slots.usable(walk.gfn) else {
             if let Some(root) = root {
-                self.reserve_path(root, &walk, gva, Level::One)?;
-                self.fill(root, gva, &walk, attempt, None);
+                self.fill(root, gva, &walk, attempt, None)?;
             }
             return Ok(Step::Done(mmio(MmioTarget::NoSlot)));
         };
@@ -102,8 +101,7 @@ impl<H: Host> Core<'_, H> {
         // The root may have been zapped meanwhile; the next entry loads another.
         if let Some(root) = root {
             let level = self.mapping_level(root, &walk);
-            self.reserve_path(root, &walk, gva, level)?;
-            self.fill(root, gva, &walk, attempt, Some((frame, level)));
+            self.fill(root, gva, &walk, attempt, Some((frame, level)))?;
         }
         Ok(Step::Done(FaultOutcome::Fixed))
     }
@@ -133,8 +131,8 @@ impl<H: Host> Core<'_, H> {
     }
 
     /// The page below `parent` on the path of `walk`: frame and role.
-    fn child(&self, parent: ActivePage, index: usize, gva: Gva, walk: &Walk) -> (Gfn, Role) {
-        let page = &self.state.pages[parent.id()];
+    #[inline]
+    fn child(page: &ShadowPage, index: usize, walk: &Walk) -> (Gfn, Role) {
         let level = page.role.level;
         let below = level.below().unwrap_or(Level::One);
         if level > walk.leaf {
@@ -145,7 +143,6 @@ impl<H: Host> Core<'_, H> {
                 page.role.of_table_below(index, below, rights),
             )
         } else {
-            let _ = gva;
             (
                 level.align(walk.gfn),
                 page.role.of_direct_below(below, walk.rights),
@@ -188,32 +185,37 @@ impl<H: Host> Core<'_, H> {
             }
             let index = level.index(gva);
             let spte = self.load(page.id(), index);
-            let (gfn, role) = self.child(page, index, gva, walk);
-            let existing = match self.existing_child(page, index, spte) {
-                Some(child) if self.matches(child, gfn, role) => Some(child),
-                _ => self.find(gfn, role),
-            };
-            match existing {
+            let (gfn, role) = Self::child(&self.state.pages[page.id()], index, walk);
+            let existing = self.matching_child(page, index, spte, gfn, role);
+            match existing.or_else(|| self.find(gfn, role)) {
                 Some(child) => page = child,
                 None => return usize::from(level.number() - target.number()),
             }
         }
     }
 
-    fn existing_child(&self, page: ActivePage, index: usize, spte: Spte) -> Option<ActivePage> {
-        if spte.is_empty() || self.is_leaf(page.id(), spte) {
+    /// The page that an entry links to, if frame *and* role are those that are wanted now.
+    #[inline]
+    fn matching_child(
+        &self,
+        page: ActivePage,
+        index: usize,
+        spte: Spte,
+        gfn: Gfn,
+        role: Role,
+    ) -> Option<ActivePage> {
+        if spte.is_empty() {
             return None;
         }
-        match self.target(page.id(), index, spte) {
-            Target::Page(child) => self.state.pages.active(child),
-            Target::Leaf { .. } => None,
+        let Target::Page(child) = self.target(page.id(), index, spte) else {
+            return None;
+        };
+        let shadow = &self.state.pages[child];
+        if shadow.gfn == gfn && shadow.role == role && shadow.generation == self.state.generation {
+            self.state.pages.active(child)
+        } else {
+            None
         }
-    }
-
-    /// A child is used again only if frame *and* role are those that are wanted now.
-    fn matches(&self, child: ActivePage, gfn: Gfn, role: Role) -> bool {
-        let page = &self.state.pages[child.id()];
-        page.gfn == gfn && page.role == role && page.generation == self.state.generation
     }
 
     fn find(&self, gfn: Gfn, role: Role) -> Option<ActivePage> {
@@ -224,8 +226,41 @@ impl<H: Host> Core<'_, H> {
         found.and_then(|id| self.state.pages.active(id))
     }
 
-    /// Makes the path of `walk` and its last entry. A page for every missing level is reserved.
+    /// Makes the path of `walk` and its last entry.
     fn fill(
+        &mut self,
+        root: ActivePage,
+        gva: Gva,
+        walk: &Walk,
+        attempt: Attempt,
+        memory: Option<(Pfn, Level)>,
+    ) -> Result<(), MmuError> {
+        let target = memory.map_or(Level::One, |(_, level)| level);
+        let mut page = root;
+        // Down as far as everything is as it should be: most often that is the whole path.
+        loop {
+            let shadow = &self.state.pages[page.id()];
+            let level = shadow.role.level;
+            let index = level.index(gva);
+            if level <= target {
+                self.fill_leaf(page, index, walk, attempt, memory);
+                return Ok(());
+            }
+            let spte = Spte(self.host.load(shadow.frame, index));
+            let (gfn, role) = Self::child(shadow, index, walk);
+            let Some(child) = self.matching_child(page, index, spte, gfn, role) else {
+                break;
+            };
+            self.state.pages[child.id()].write_flooding = 0;
+            page = child;
+        }
+        self.reserve_path(root, walk, gva, target)?;
+        self.make_path(root, gva, walk, attempt, memory);
+        Ok(())
+    }
+
+    /// The same, where a page for every missing level is reserved.
+    fn make_path(
         &mut self,
         root: ActivePage,
         gva: Gva,
@@ -248,29 +283,25 @@ impl<H: Host> Core<'_, H> {
                 self.fill_leaf(page, index, walk, attempt, memory);
                 return;
             }
-            let (gfn, role) = self.child(page, index, gva, walk);
+            let (gfn, role) = Self::child(&self.state.pages[page.id()], index, walk);
             let spte = self.load(page.id(), index);
-            page = match self.existing_child(page, index, spte) {
-                Some(child) if self.matches(child, gfn, role) => {
-                    self.state.pages[child.id()].write_flooding = 0;
-                    child
-                }
-                _ => {
-                    self.drop_entry(page.id(), index);
-                    let Some(child) = self.get_page(gfn, role) else {
-                        return;
-                    };
-                    in_doubt = true;
-                    // To get the page may have taken a flush, in which another processor changed
-                    // the entry that leads to it, or another walk zapped the parent.
-                    if self.state.pages.active(page.id()).is_none() || !self.is_current(page, walk)
-                    {
-                        return;
-                    }
-                    self.link(page, index, child);
-                    child
-                }
+            if let Some(child) = self.matching_child(page, index, spte, gfn, role) {
+                self.state.pages[child.id()].write_flooding = 0;
+                page = child;
+                continue;
+            }
+            self.drop_entry(page.id(), index);
+            let Some(child) = self.get_page(gfn, role) else {
+                return;
             };
+            in_doubt = true;
+            // To get the page may have taken a flush, in which another processor changed
+            // the entry that leads to it, or another walk zapped the parent.
+            if self.state.pages.active(page.id()).is_none() || !self.is_current(page, walk) {
+                return;
+            }
+            self.link(page, index, child);
+            page = child;
         }
     }
 
@@ -307,7 +338,9 @@ impl<H: Host> Core<'_, H> {
         }
         let granted = self.granted(gfn, level, walk.rights, attempt.kind);
         self.map(page, index, gfn, frame, walk.rights, granted);
-        self.prefetch(page, index);
+        if self.config.prefetch > 1 {
+            self.prefetch(page, index);
+        }
     }
 
     /// What of the guest's `rights` the hardware may have right now.
@@ -337,7 +370,7 @@ impl<H: Host> Core<'_, H> {
     fn prefetch(&mut self, page: ActivePage, index: usize) {
         let id = page.id();
         let role = self.state.pages[id].role;
-        if role.is_direct() || role.level != Level::One || self.config.prefetch <= 1 {
+        if role.is_direct() || role.level != Level::One {
             return;
         }
         let first = index & !(self.config.prefetch - 1);
@@ -411,6 +444,9 @@ impl<H: Host> Core<'_, H> {
         gva: Gva,
         attempt: Attempt,
     ) -> Option<FaultOutcome> {
+        if !self.leads_to_mmio(root?, gva) {
+            return None;
+        }
         let mut page = root?.id();
         loop {
             let level = self.state.pages[page].role.level;
@@ -439,6 +475,23 @@ impl<H: Host> Core<'_, H> {
                         target: MmioTarget::NoSlot,
                     });
                 }
+            }
+        }
+    }
+
+    /// Whether the hardware's walk ends at an MMIO entry. Looks at the tables alone.
+    #[inline]
+    fn leads_to_mmio(&self, root: ActivePage, gva: Gva) -> bool {
+        let shadow = &self.state.pages[root.id()];
+        let (mut table, mut level) = (shadow.frame, shadow.role.level);
+        loop {
+            let spte = Spte(self.host.load(table, level.index(gva)));
+            match level.below() {
+                Some(below) if spte.is_present() && !spte.is_large() => {
+                    table = spte.frame().base();
+                    level = below;
+                }
+                _ => return spte.as_mmio().is_some(),
             }
         }
     }

@@ -23,7 +23,7 @@ use crate::registers::{
 };
 use crate::rmap::RmapNodes;
 use crate::role::{EntryFormat, bits};
-use crate::root::{MAXIMUM_PREVIOUS, ROOT_PAGES, VcpuRoots};
+use crate::root::{MAXIMUM_PREVIOUS, ROOT_PAGES, RootKey, VcpuRoots};
 use crate::slot::{MemorySlot, Slot, SlotError, SlotFlags, Slots};
 use crate::state::{CACHED, Caches, Core, State, Target};
 use crate::statistics::{Counters, Statistics};
@@ -55,6 +55,8 @@ pub struct Vcpu {
     registers: PagingRegisters,
     pkru: Pkru,
     paging: GuestPaging,
+    /// What the root for `paging` is known by.
+    root_key: RootKey,
     /// The epoch at which the root was last found good; `None` if it must be loaded.
     root_epoch: Option<u64>,
     root: Hpa,
@@ -128,11 +130,15 @@ const ROOT: Needs = Needs {
     entries: 8,
 };
 
+/// Pages that any operation may take.
+const MOST_PAGES: usize = 4;
+const _: () = assert!(FAULT_PAGES <= MOST_PAGES && ROOT_PAGES <= MOST_PAGES);
+
 /// Memory allocated without the lock, on its way into the state.
 #[derive(Default)]
 struct TopUp {
-    frames: Vec<Hpa>,
-    translations: Vec<Box<[u64; ENTRIES]>>,
+    frames: [Option<Hpa>; MOST_PAGES],
+    translations: [Option<Box<[u64; ENTRIES]>>; MOST_PAGES],
     pages: Option<Storage<crate::page::ShadowPage>>,
     nodes: Option<Storage<crate::rmap::Node>>,
     hash: Option<HashTable<PageId>>,
@@ -223,6 +229,20 @@ impl<H: Host> Mmu<H> {
 
     /// The lock, with everything in the caches that `needs` names.
     fn topped_up(&self, needs: Needs) -> Result<MutexGuard<'_, State>, MmuError> {
+        let mut state = self.state.lock();
+        let full = state.caches.frames.len() >= needs.pages
+            && state.caches.translations.len() >= needs.pages
+            && state.pages.arena().available() >= needs.pages
+            && state.nodes.available() >= needs.entries
+            && !state.pages.hash_needs_room(needs.pages);
+        if full {
+            return Ok(state);
+        }
+        drop(state);
+        self.top_up(needs)
+    }
+
+    fn top_up(&self, needs: Needs) -> Result<MutexGuard<'_, State>, MmuError> {
         let mut top_up = TopUp::default();
         loop {
             let mut state = self.state.lock();
@@ -238,7 +258,7 @@ impl<H: Host> Mmu<H> {
                 .hash_needs_room(needs.pages)
                 .then(|| state.pages.wanted_hash_capacity(needs.pages));
             if frames + translations == 0 && pages.is_none() && nodes.is_none() && hash.is_none() {
-                drop(top_up.pages.take());
+                self.dispose(&mut top_up);
                 return Ok(state);
             }
             drop(state);
@@ -248,7 +268,7 @@ impl<H: Host> Mmu<H> {
             top_up.hash = None;
             let filled = self.allocate(&mut top_up, frames, translations, (pages, nodes, hash));
             if filled.is_none() {
-                self.dispose(top_up);
+                self.dispose(&mut top_up);
                 return Err(MmuError::OutOfMemory);
             }
         }
@@ -282,13 +302,16 @@ impl<H: Host> Mmu<H> {
         translations: usize,
         (pages, nodes, hash): (Option<usize>, Option<usize>, Option<usize>),
     ) -> Option<()> {
-        for _ in 0..frames {
-            top_up.frames.try_reserve(1).ok()?;
-            top_up.frames.push(self.host.allocate(Zone::Any)?);
+        let missing = top_up.frames.iter_mut().filter(|place| place.is_none());
+        for place in missing.take(frames) {
+            *place = Some(self.host.allocate(Zone::Any)?);
         }
-        for _ in 0..translations {
-            top_up.translations.try_reserve(1).ok()?;
-            top_up.translations.push(zeroed_translations()?);
+        let missing = top_up
+            .translations
+            .iter_mut()
+            .filter(|place| place.is_none());
+        for place in missing.take(translations) {
+            *place = Some(zeroed_translations()?);
         }
         if let Some(capacity) = pages {
             top_up.pages = Some(Storage::allocate(capacity)?);
@@ -306,15 +329,15 @@ impl<H: Host> Mmu<H> {
 
     fn refill(state: &mut State, top_up: &mut TopUp) {
         let caches = &mut state.caches;
-        while caches.frames.len() < caches.frames.capacity()
-            && let Some(frame) = top_up.frames.pop()
-        {
-            caches.frames.push(frame);
+        for frame in &mut top_up.frames {
+            if caches.frames.len() < caches.frames.capacity() {
+                caches.frames.extend(frame.take());
+            }
         }
-        while caches.translations.len() < caches.translations.capacity()
-            && let Some(translations) = top_up.translations.pop()
-        {
-            caches.translations.push(translations);
+        for translations in &mut top_up.translations {
+            if caches.translations.len() < caches.translations.capacity() {
+                caches.translations.extend(translations.take());
+            }
         }
         if let Some(storage) = &mut top_up.pages {
             state.pages.arena().grow(storage);
@@ -327,8 +350,8 @@ impl<H: Host> Mmu<H> {
         }
     }
 
-    fn dispose(&self, top_up: TopUp) {
-        for frame in top_up.frames {
+    fn dispose(&self, top_up: &mut TopUp) {
+        for frame in top_up.frames.iter_mut().filter_map(Option::take) {
             self.host.free(frame);
         }
     }
@@ -362,6 +385,7 @@ impl<H: Host> Mmu<H> {
             registers,
             pkru: Pkru(0),
             paging,
+            root_key: RootKey::of(&paging),
             root_epoch: None,
             root: Hpa::new(0),
         })
@@ -391,8 +415,7 @@ impl<H: Host> Mmu<H> {
     /// this flushes the guest's TLB.
     pub fn load_registers(&self, vcpu: &mut Vcpu, registers: PagingRegisters) {
         vcpu.registers = registers;
-        vcpu.paging = GuestPaging::new(&registers, vcpu.pkru, self.config.features);
-        vcpu.root_epoch = None;
+        self.renew(vcpu);
         self.locked(|core| core.sync_all());
     }
 
@@ -400,9 +423,15 @@ impl<H: Host> Mmu<H> {
     pub fn set_pkru(&self, vcpu: &mut Vcpu, pkru: Pkru) {
         if vcpu.pkru != pkru {
             vcpu.pkru = pkru;
-            vcpu.paging = GuestPaging::new(&vcpu.registers, pkru, self.config.features);
-            vcpu.root_epoch = None;
+            self.renew(vcpu);
         }
+    }
+
+    /// Derives anew what depends on the registers.
+    fn renew(&self, vcpu: &mut Vcpu) {
+        vcpu.paging = GuestPaging::new(&vcpu.registers, vcpu.pkru, self.config.features);
+        vcpu.root_key = RootKey::of(&vcpu.paging);
+        vcpu.root_epoch = None;
     }
 
     /// Reads the four page-directory-pointer-table entries that a load of `cr3` under PAE paging
@@ -437,7 +466,7 @@ impl<H: Host> Mmu<H> {
         let mut change = RootChange::Same;
         if vcpu.root_epoch != Some(epoch) {
             let (changed, root) = self.with_relief(ROOT, |core| {
-                let changed = core.load_root(vcpu.index, &vcpu.paging)?;
+                let changed = core.load_root(vcpu.index, &vcpu.root_key, &vcpu.paging)?;
                 Ok((changed, core.root_address(vcpu.index, &vcpu.paging)))
             })?;
             if changed || root != vcpu.root {
@@ -465,7 +494,7 @@ impl<H: Host> Mmu<H> {
     ) -> Result<FaultOutcome, MmuError> {
         loop {
             let step = self.with_relief(FAULT, |core| {
-                let root = core.root_page(vcpu.index, &vcpu.paging, fault.gva);
+                let root = core.root_page(vcpu.index, &vcpu.root_key, fault.gva);
                 let step = core.handle_fault(&vcpu.paging, root, fault);
                 let counters = &mut core.state.counters;
                 if matches!(step, Ok(Step::Done(_))) {

@@ -191,6 +191,7 @@ pub(crate) struct PageTable {
     pub hand: Option<PageId>,
 }
 
+#[inline]
 fn hash(gfn: Gfn) -> u64 {
     gfn.as_u64()
         .wrapping_mul(0x9e37_79b9_7f4a_7c15)
@@ -230,6 +231,7 @@ impl PageTable {
     }
 
     /// The hash keeps twice the room it needs, so that it never has to allocate when it rehashes.
+    #[inline]
     pub fn hash_needs_room(&self, spare: usize) -> bool {
         self.by_gfn.capacity() < 2 * (self.by_gfn.len() + spare)
     }
@@ -252,11 +254,13 @@ impl PageTable {
     }
 
     /// `id` as a page that may be linked; `None` if it has been zapped.
+    #[inline]
     pub fn active(&self, id: PageId) -> Option<ActivePage> {
         (self[id].state == PageState::Active).then_some(ActivePage(id))
     }
 
     /// The first of the active pages that belong to `gfn`.
+    #[inline]
     pub fn first_of(&self, gfn: Gfn) -> Option<PageId> {
         self.by_gfn
             .find(hash(gfn), |id| self[*id].gfn == gfn)
@@ -264,6 +268,7 @@ impl PageTable {
     }
 
     /// The active pages that belong to `gfn`.
+    #[inline]
     pub fn of(&self, gfn: Gfn) -> impl Iterator<Item = PageId> + '_ {
         let mut at = self.first_of(gfn);
         core::iter::from_fn(move || {

@@ -77,7 +77,9 @@ impl<H: Host> Core<'_, H> {
     /// Gives back reservations that were not used.
     pub fn release_reservation(&mut self) {
         let left = core::mem::take(&mut self.state.reserved);
-        self.budget.release(left);
+        if left > 0 {
+            self.budget.release(left);
+        }
     }
 
     /// Zaps up to `wanted` pages (an upper table takes along what only it points to) and frees

@@ -50,6 +50,7 @@ pub(crate) struct Node {
 pub(crate) type RmapNodes = Arena<Node>;
 
 impl RmapNodes {
+    #[inline]
     pub fn insert(&mut self, head: &mut RmapHead, spte: SpteRef) {
         let entry = spte.pack();
         if head.is_empty() {

@@ -110,6 +110,7 @@ impl Role {
         }
     }
 
+    #[inline]
     pub fn entries(&self) -> EntryFormat {
         EntryFormat {
             format: self.format,
@@ -189,6 +190,7 @@ const fn span(low: u32, high: u32) -> u64 {
 }
 
 impl EntryFormat {
+    #[inline]
     pub fn of(paging: &GuestPaging) -> Self {
         Self {
             format: paging.format,
@@ -199,21 +201,23 @@ impl EntryFormat {
     }
 
     /// Whether an entry's page-size bit makes it map a page at `level`.
+    #[inline]
     pub fn is_leaf(&self, level: Level, value: u64, features: GuestFeatures) -> bool {
-        let large = value & bits::PAGE_SIZE != 0;
+        if level == Level::One || value & bits::PAGE_SIZE == 0 {
+            return level == Level::One;
+        }
         match (level, self.format) {
-            (Level::One, _) => true,
-            (Level::Two, Format::Legacy) => large && self.page_size_extension,
-            (Level::Two, _) => large,
+            (Level::Two, Format::Legacy) => self.page_size_extension,
+            (Level::Two, _) => true,
             (Level::Three, Format::Long4 | Format::Long5) => {
-                large && features.flags.contains(Feature::GIGABYTE_PAGES)
+                features.flags.contains(Feature::GIGABYTE_PAGES)
             }
             _ => false,
         }
     }
 
     /// The reserved bits of a present entry (SDM vol. 3A tables 4-4 to 4-20, 4.4.2, 4.5.4).
-    pub fn reserved(&self, level: Level, value: u64, features: GuestFeatures) -> u64 {
+    fn reserved(&self, level: Level, value: u64, features: GuestFeatures) -> u64 {
         let width = u32::from(features.max_physical_address);
         let leaf = self.is_leaf(level, value, features);
         if self.format == Format::Legacy {
@@ -244,7 +248,21 @@ impl EntryFormat {
         reserved
     }
 
+    /// Whether a present entry has reserved bits set.
+    pub fn is_malformed(&self, level: Level, value: u64, features: GuestFeatures) -> bool {
+        value & self.reserved(level, value, features) != 0
+    }
+
+    /// The bits without which an entry of this format has no reserved bits set at any level.
+    #[inline]
+    pub fn suspicious(&self, features: GuestFeatures) -> u64 {
+        let high = u64::MAX << features.max_physical_address.min(52);
+        let known = if self.no_execute { bits::NO_EXECUTE } else { 0 };
+        high & !known | bits::PAGE_SIZE
+    }
+
     /// What this entry permits by itself.
+    #[inline]
     pub fn rights(&self, value: u64) -> Rights {
         let mut rights = Rights::empty();
         rights.set(Rights::WRITE, value & bits::WRITE != 0);
@@ -257,6 +275,7 @@ impl EntryFormat {
     }
 
     /// The frame of the table that a non-leaf entry points to.
+    #[inline]
     pub fn table(&self, value: u64) -> Gfn {
         match self.format {
             Format::Legacy => Gfn::new((value & 0xffff_f000) >> 12),
@@ -265,6 +284,7 @@ impl EntryFormat {
     }
 
     /// The first frame of the page that a leaf entry at `level` maps.
+    #[inline]
     pub fn page(&self, level: Level, value: u64) -> Gfn {
         match (self.format, level) {
             (Format::Legacy, Level::Two) => {
@@ -284,6 +304,7 @@ impl EntryFormat {
     }
 
     /// Where the entry for `gva` lies in a table at `level`, in bytes.
+    #[inline]
     pub fn offset(&self, level: Level, gva: Gva) -> usize {
         match self.format {
             Format::Legacy => {
@@ -296,6 +317,7 @@ impl EntryFormat {
 
     /// What a leaf with `rights` over its whole path lets the hardware do without asking us: no
     /// writes before the dirty bit is set, and none that a protection key forbids.
+    #[inline]
     pub fn leaf_rights(&self, rights: Rights, value: u64) -> Rights {
         let forbidden = self.keys.is_some_and(|pkru| {
             let key = self.key(value);

@@ -69,12 +69,12 @@ impl<H: Host> Core<'_, H> {
     }
 
     /// The page that the hardware reads first for `gva`, if the root is usable.
-    pub fn root_page(&self, vcpu: usize, paging: &GuestPaging, gva: Gva) -> Option<ActivePage> {
+    pub fn root_page(&self, vcpu: usize, key: &RootKey, gva: Gva) -> Option<ActivePage> {
         let root = self.state.vcpus[vcpu].as_ref()?.current.as_ref()?;
-        if root.key != RootKey::of(paging) {
+        if root.key != *key {
             return None;
         }
-        let index = if paging.format.is_long() {
+        let index = if key.role.format.is_long() {
             0
         } else {
             (gva.as_u64() >> 30 & 3) as usize
@@ -84,8 +84,13 @@ impl<H: Host> Core<'_, H> {
     }
 
     /// Makes the root for `paging` the current one. Returns whether the hardware's root changed.
-    pub fn load_root(&mut self, vcpu: usize, paging: &GuestPaging) -> Result<bool, MmuError> {
-        let key = RootKey::of(paging);
+    pub fn load_root(
+        &mut self,
+        vcpu: usize,
+        key: &RootKey,
+        paging: &GuestPaging,
+    ) -> Result<bool, MmuError> {
+        let key = *key;
         let current = self.roots(vcpu).current;
         if let Some(root) = current
             && root.key == key

@@ -5,6 +5,7 @@ use crate::level::Level;
 use crate::rmap::RmapHead;
 use alloc::vec::Vec;
 use bitflags::bitflags;
+use core::cell::Cell;
 use core::fmt;
 use umbra_vcpu::address::Gfn;
 
@@ -122,10 +123,12 @@ impl Slot {
         })
     }
 
+    #[inline]
     pub fn contains(&self, gfn: Gfn) -> bool {
         gfn.as_u64().wrapping_sub(self.memory.base.as_u64()) < self.memory.pages
     }
 
+    #[inline]
     pub fn page(&self, gfn: Gfn) -> u64 {
         gfn.as_u64() - self.memory.base.as_u64()
     }
@@ -134,6 +137,7 @@ impl Slot {
         (gfn.as_u64() / level.pages() - self.memory.base.as_u64() / level.pages()) as usize
     }
 
+    #[inline]
     pub fn rmap(&mut self, level: Level, gfn: Gfn) -> &mut RmapHead {
         let range = self.range(level, gfn);
         &mut self.rmaps[level.slot()][range]
@@ -227,28 +231,46 @@ impl Slot {
 /// A VM's slots, in the order of their frames.
 pub(crate) struct Slots {
     slots: Vec<Slot>,
+    /// Where the last frame was found: most often the next one is there, too.
+    last: Cell<usize>,
 }
 
 impl Slots {
     pub fn new() -> Self {
         Self {
             slots: Vec::with_capacity(MAXIMUM_SLOTS),
+            last: Cell::new(0),
         }
     }
 
+    #[inline]
     fn position(&self, gfn: Gfn) -> Option<usize> {
+        let last = self.last.get();
+        match self.slots.get(last) {
+            Some(slot) if slot.contains(gfn) => Some(last),
+            _ => self.search(gfn),
+        }
+    }
+
+    fn search(&self, gfn: Gfn) -> Option<usize> {
         let after = self.slots.partition_point(|slot| slot.memory.base <= gfn);
         let index = after.checked_sub(1)?;
-        self.slots[index].contains(gfn).then_some(index)
+        let found = self.slots[index].contains(gfn);
+        if found {
+            self.last.set(index);
+        }
+        found.then_some(index)
     }
 
     /// The slot that holds `gfn`, unless it is going away.
+    #[inline]
     pub fn usable(&self, gfn: Gfn) -> Option<&Slot> {
         self.position(gfn)
             .map(|index| &self.slots[index])
             .filter(|slot| !slot.retiring)
     }
 
+    #[inline]
     pub fn of(&mut self, gfn: Gfn) -> Option<&mut Slot> {
         self.position(gfn).map(|index| &mut self.slots[index])
     }

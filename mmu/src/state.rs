@@ -196,7 +196,9 @@ impl<H: Host> Core<'_, H> {
                 return;
             }
         }
-        self.drop_entry(id, index);
+        if !old.is_empty() {
+            self.drop_entry(id, index);
+        }
         self.note(id, index, leaf_translation(gfn, rights));
         let state = &mut *self.state;
         if let Some(slot) = state.slots.of(gfn) {

@@ -41,7 +41,7 @@ impl<H: Host> Core<'_, H> {
         let value = self.read_guest(role.format, page.gfn, role.guest_entry_offset(index));
         if value & bits::PRESENT == 0
             || value & bits::ACCESSED == 0
-            || value & format.reserved(role.level, value, features) != 0
+            || format.is_malformed(role.level, value, features)
         {
             return Wanted::Nothing;
         }

@@ -45,6 +45,7 @@ pub(crate) enum WalkEnd {
 
 impl<H: Host> Core<'_, H> {
     /// Reads a guest entry. Where there is no memory the bus reads all ones.
+    #[inline]
     pub fn read_guest(&self, format: Format, table: Gfn, offset: usize) -> u64 {
         let Some(slot) = self.state.slots.usable(table) else {
             return if format == Format::Legacy {
@@ -65,9 +66,6 @@ impl<H: Host> Core<'_, H> {
 
     fn mark(&mut self, format: Format, entry: &mut WalkEntry, set: u64) -> Result<(), WalkEnd> {
         let new = entry.value | set;
-        if new == entry.value {
-            return Ok(());
-        }
         let Some(slot) = self.state.slots.of(entry.table) else {
             return Ok(());
         };
@@ -132,6 +130,9 @@ impl<H: Host> Core<'_, H> {
             Format::Legacy | Format::Long4 | Format::Long5 => paging.table,
         };
         let mut level = paging.format.root_level();
+        let suspicious = format.suspicious(features);
+        // What all entries allow; the bit that forbids fetches counts the other way round.
+        let mut allowed = u64::MAX;
         let value = loop {
             let offset = format.offset(level, gva);
             let value = self.read_guest(paging.format, table, offset);
@@ -143,12 +144,12 @@ impl<H: Host> Core<'_, H> {
             if value & bits::PRESENT == 0 {
                 return fault(PageFaultErrorCode::empty());
             }
-            if value & format.reserved(level, value, features) != 0 {
+            if value & suspicious != 0 && format.is_malformed(level, value, features) {
                 return fault(
                     PageFaultErrorCode::PROTECTION_VIOLATION | PageFaultErrorCode::MALFORMED_TABLE,
                 );
             }
-            walk.rights &= format.rights(value);
+            allowed &= value ^ bits::NO_EXECUTE;
             match level.below() {
                 Some(below) if !format.is_leaf(level, value, features) => {
                     table = format.table(value);
@@ -157,6 +158,7 @@ impl<H: Host> Core<'_, H> {
                 _ => break value,
             }
         };
+        walk.rights = format.rights(allowed ^ bits::NO_EXECUTE);
         walk.leaf = level;
         let within = (gva.as_u64() >> 12) & (format.pages(level) - 1);
         walk.gfn = format.page(level, value).offset(within);
@@ -164,15 +166,17 @@ impl<H: Host> Core<'_, H> {
             return fault(cause);
         }
         let writes = attempt.kind == AccessKind::Write;
-        if marking == Marking::SetAccessedDirty {
+        let unmarked = allowed & bits::ACCESSED == 0 || (writes && value & bits::DIRTY == 0);
+        if unmarked && marking == Marking::SetAccessedDirty {
             for above in (level.slot()..=paging.format.root_level().slot()).rev() {
                 let mut set = bits::ACCESSED;
                 if above == level.slot() && writes {
                     set |= bits::DIRTY;
                 }
-                let mut entry = walk.entries[above];
-                self.mark(paging.format, &mut entry, set)?;
-                walk.entries[above] = entry;
+                let entry = &mut walk.entries[above];
+                if entry.value & set != set {
+                    self.mark(paging.format, entry, set)?;
+                }
             }
         }
         // A table in read-only memory cannot be marked; the write is allowed all the same.
