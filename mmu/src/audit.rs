@@ -142,7 +142,7 @@ impl<H: Host> Core<'_, H> {
             listed.len() == pages.active_list().len(),
             "the active list's length drifted"
         );
-        let (mut active, mut existing, mut unsync) = (0, 0, 0);
+        let (mut active, mut existing, mut unsync, mut orphans) = (0, 0, 0, 0);
         let mut frames = BTreeSet::new();
         for id in pages.ids() {
             let page = &pages[id];
@@ -158,6 +158,12 @@ impl<H: Host> Core<'_, H> {
             }
             existing += 1;
             unsync += usize::from(page.unsync);
+            let orphan = page.state == PageState::Active && self.is_orphan(id);
+            ensure!(
+                orphan == page.is_on_orphan_list(),
+                "{id:?}: an orphan not listed, or listed"
+            );
+            orphans += usize::from(orphan);
             ensure!(frames.insert(page.frame), "{id:?} shares its frame");
         }
         for frame in &self.state.caches.frames {
@@ -176,6 +182,10 @@ impl<H: Host> Core<'_, H> {
         ensure!(
             unsync == pages.unsync_leaves().len() + pages.unsync_tables().len(),
             "the unsync lists drifted"
+        );
+        ensure!(
+            orphans == pages.orphans().len(),
+            "the list of orphans drifted"
         );
         ensure!(self.state.reserved == 0, "a reservation was not given back");
         ensure!(!self.state.flush_pending, "a flush was forgotten");

@@ -81,8 +81,11 @@ pub(crate) struct ShadowPage {
     /// The next page of the same batch.
     pub next_zapped: Option<PageId>,
     next_same_gfn: Option<PageId>,
+    /// On the list of orphans.
+    orphan: bool,
     list: Links,
     unsync_list: Links,
+    orphan_list: Links,
 }
 
 impl ShadowPage {
@@ -95,6 +98,11 @@ impl ShadowPage {
             generation,
             ..Self::default()
         }
+    }
+
+    /// Whether the page is on the list of those that nothing leads to.
+    pub fn is_on_orphan_list(&self) -> bool {
+        self.orphan
     }
 }
 
@@ -121,8 +129,10 @@ impl Default for ShadowPage {
             generation: 0,
             next_zapped: None,
             next_same_gfn: None,
+            orphan: false,
             list: Links::default(),
             unsync_list: Links::default(),
+            orphan_list: Links::default(),
         }
     }
 }
@@ -187,6 +197,8 @@ pub(crate) struct PageTable {
     active: PageList,
     unsync_leaves: PageList,
     unsync_tables: PageList,
+    /// Active pages that nothing leads to.
+    orphans: PageList,
     /// Where the reclaimer goes on; moved along when its page leaves the list.
     pub hand: Option<PageId>,
 }
@@ -206,6 +218,7 @@ impl PageTable {
             active: PageList::default(),
             unsync_leaves: PageList::default(),
             unsync_tables: PageList::default(),
+            orphans: PageList::default(),
             hand: None,
         }
     }
@@ -228,6 +241,27 @@ impl PageTable {
 
     pub fn unsync_tables(&self) -> &PageList {
         &self.unsync_tables
+    }
+
+    pub fn orphans(&self) -> &PageList {
+        &self.orphans
+    }
+
+    /// Puts a page on the list of orphans or takes it off, after its parents, its root count or its
+    /// state have changed.
+    pub fn note_orphan(&mut self, id: PageId) {
+        let page = &mut self[id];
+        let orphan =
+            page.state == PageState::Active && page.parents.is_empty() && page.root_count == 0;
+        if core::mem::replace(&mut page.orphan, orphan) == orphan {
+            return;
+        }
+        let list = &mut self.orphans;
+        if orphan {
+            push_last(&mut self.pages, list, id, |page| &mut page.orphan_list);
+        } else {
+            unlink(&mut self.pages, list, id, |page| &mut page.orphan_list);
+        }
     }
 
     /// The hash keeps twice the room it needs, so that it never has to allocate when it rehashes.
@@ -296,6 +330,7 @@ impl PageTable {
             self.by_gfn
                 .insert_unique(hash(gfn), id, |id| hash(pages[id.number()].gfn));
         }
+        self.note_orphan(id);
         ActivePage(id)
     }
 
@@ -337,6 +372,7 @@ impl PageTable {
             None => debug_assert!(false, "an active page was not in the hash"),
         }
         self[id].state = state;
+        self.note_orphan(id);
     }
 
     /// Forgets a page whose frame is freed.
@@ -409,7 +445,7 @@ mod tests {
     #[test]
     fn metadata_is_small() {
         assert!(
-            size_of::<ShadowPage>() <= 136,
+            size_of::<ShadowPage>() <= 144,
             "{}",
             size_of::<ShadowPage>()
         );

@@ -19,8 +19,6 @@ use umbra_vcpu::address::Gfn;
 /// Which pages a pass over the list takes.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Pass {
-    /// Nothing points to them.
-    Orphans,
     /// Level 1, or without entries.
     OldestLeaves,
     /// The same, and not used since the hand came by last.
@@ -95,9 +93,9 @@ impl<H: Host> Core<'_, H> {
                 self.take_victims(Pass::OldestLeaves, wanted, &mut batch);
             }
             VictimPolicy::Clock => {
-                self.take_victims(Pass::Orphans, wanted, &mut batch);
+                self.take_orphans(wanted, &mut batch);
                 if batch.len() < wanted && self.release_previous_roots(&mut batch) {
-                    self.take_victims(Pass::Orphans, wanted, &mut batch);
+                    self.take_orphans(wanted, &mut batch);
                 }
                 // The first round clears accessed bits, the second finds them clear.
                 for _ in 0..2 {
@@ -110,6 +108,16 @@ impl<H: Host> Core<'_, H> {
         let freed = batch.len();
         self.commit(batch);
         freed
+    }
+
+    /// Takes pages that nothing points to, the one that was lost first before the others.
+    fn take_orphans(&mut self, wanted: usize, batch: &mut Batch) {
+        while batch.len() < wanted
+            && let Some(id) = self.state.pages.orphans().first()
+            && let Some(page) = self.state.pages.active(id)
+        {
+            self.prepare_zap(page, batch);
+        }
     }
 
     /// One pass over the list, from its oldest page, until the batch has `wanted` pages.
@@ -140,7 +148,6 @@ impl<H: Host> Core<'_, H> {
         let id = page.id();
         match pass {
             Pass::Any => true,
-            Pass::Orphans => self.state.pages[id].parents.is_empty(),
             Pass::OldestLeaves => self.is_childless(id),
             Pass::ColdLeaves => {
                 if !self.is_childless(id) {

@@ -148,6 +148,7 @@ impl<H: Host> Core<'_, H> {
             let Some(gfn) = *gfn else { continue };
             if let Some(page) = self.get_page(gfn, key.role.for_pointer(index)) {
                 self.state.pages[page.id()].root_count += 1;
+                self.state.pages.note_orphan(page.id());
                 pages[index] = Some(page.id());
             }
         }

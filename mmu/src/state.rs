@@ -135,6 +135,7 @@ impl<H: Host> Core<'_, H> {
                 let found = state.nodes.remove(&mut parents, spte);
                 debug_assert!(found, "a link was not among its page's parents");
                 state.pages[child].parents = parents;
+                state.pages.note_orphan(child);
                 Some(child)
             }
         }
@@ -156,6 +157,7 @@ impl<H: Host> Core<'_, H> {
         let mut parents = state.pages[child].parents;
         state.nodes.insert(&mut parents, SpteRef { page, index });
         state.pages[child].parents = parents;
+        state.pages.note_orphan(child);
         let value = Spte::link(state.pages[child].frame);
         self.host
             .store(self.state.pages[page].frame, index, value.0);

@@ -132,6 +132,7 @@ impl<H: Host> Core<'_, H> {
             page.state = PageState::Zapped;
             self.add(id, batch);
         }
+        self.state.pages.note_orphan(id);
     }
 
     fn first_table(&self, gfn: Gfn) -> Option<ActivePage> {
