@@ -2,14 +2,13 @@
 
 use alloc::boxed::Box;
 use alloc::format;
-use alloc::sync::Arc;
 use alloc::vec::Vec;
 
 use umbra_loader::{EntryState, LoadError, LoadRequest, MemoryMap, Module};
 use umbra_machine::devices::fw_cfg::{E820Entry, FwCfg};
 use umbra_machine::processor::cpuid::CpuidPolicy;
 use umbra_machine::{Configuration, ConsoleOutput, Machine, TimeBase};
-use umbra_mmu::{Mmu, MmuConfig};
+use umbra_mmu::MmuConfig;
 use umbra_report::options::Options;
 use umbra_report::{Outcome, Report};
 use umbra_vcpu::Vcpu;
@@ -21,7 +20,7 @@ use crate::guest::{End, ExitCounts, Guest};
 use crate::memory::{GuestHost, LoaderRam, RamRange};
 use crate::paging::Paging;
 use crate::physical::HostAddressSpace;
-use crate::{archive, control, platform};
+use crate::{archive, control, platform, pressure};
 
 /// Runs the guest that `options` ask for to its end.
 pub fn run_guest(options: &Options) -> Report {
@@ -103,7 +102,7 @@ fn prepare(name: &str, options: &Options) -> Result<Guest, End> {
         ..MmuConfig::default()
     };
     let slots: Vec<_> = host.memory_slots().collect();
-    let mmu = Arc::new(Mmu::new(host, config));
+    let mmu = pressure::pool().create(host, config);
     for slot in slots {
         mmu.add_slot(slot).map_err(|error| {
             End::new(

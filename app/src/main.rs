@@ -27,6 +27,7 @@ mod physical;
 #[allow(unsafe_code, reason = "the edge to the kernel")]
 mod platform;
 mod ports;
+mod pressure;
 
 use core::ffi::c_char;
 

@@ -11,7 +11,7 @@ use alloc::alloc::{Layout, alloc, dealloc};
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::ptr::NonNull;
-use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
 use hermit::mm::{PhysAddr, VirtAddr};
 use spin::Mutex;
@@ -33,8 +33,16 @@ impl HostMemory for HostAddressSpace {
     }
 }
 
+/// Bytes that slabs gave back to the heap.
+static RELEASED: AtomicUsize = AtomicUsize::new(0);
+
+/// Bytes of frames that went back to the heap since the start; wraps around.
+pub fn released_bytes() -> usize {
+    RELEASED.load(Ordering::Relaxed)
+}
+
 /// Frames in a slab.
-const SLAB_FRAMES: usize = 16;
+pub const SLAB_FRAMES: usize = 16;
 
 /// Allocates frames from the heap.
 pub struct FrameAllocator {
@@ -121,6 +129,7 @@ impl FrameAllocator {
             // SAFETY: `Slab::new` got the pointer from the heap with this layout, and none of its
             // frames is in use.
             unsafe { dealloc(slab.pointer.as_ptr(), slab_layout()) };
+            RELEASED.fetch_add(slab_layout().size(), Ordering::Relaxed);
         }
     }
 }

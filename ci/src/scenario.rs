@@ -45,6 +45,8 @@ pub struct Scenario {
     append: Option<String>,
     /// The guest's memory, as in `64M`.
     memory: Option<String>,
+    /// The whole machine's memory in MiB, instead of what is comfortable for the guest's.
+    pub machine_memory_mib: Option<u64>,
     /// The most shadow pages that the guest may use.
     mmu_pages: Option<u64>,
     /// After how many seconds Umbra shall stop the guest.
@@ -80,6 +82,7 @@ const KEYS: Keys = Keys(&[
     ("initrd", LEAF),
     ("append", LEAF),
     ("memory", LEAF),
+    ("machine_memory_mib", LEAF),
     ("mmu_pages", LEAF),
     ("watchdog", LEAF),
     ("arguments", LEAF),
@@ -150,6 +153,7 @@ impl Scenario {
             initrd: None,
             append: guest.command_line,
             memory: None,
+            machine_memory_mib: None,
             mmu_pages: None,
             watchdog: (guest.expect_exit_code == ExitCode::Watchdog.as_u8())
                 .then_some(GUEST_WATCHDOG_SECONDS),

@@ -282,7 +282,10 @@ fn boot(
         image: images.of(scenario.application)?,
         arguments: &scenario.umbra_arguments(),
         archive: archive.as_deref(),
-        memory_mib: host_memory_mib(&scenario.memory_arguments())?,
+        memory_mib: match scenario.machine_memory_mib {
+            Some(mib) => mib,
+            None => host_memory_mib(&scenario.memory_arguments())?,
+        },
         limit: Some(scenario.limit()),
         work: &work,
     };
