@@ -62,6 +62,8 @@ struct Host {
     words: Vec<AtomicU64>,
     free: Mutex<Vec<u64>>,
     flushes: AtomicU64,
+    /// Pages of memory from one table's first to the next one's.
+    stride: u64,
 }
 
 impl Host {
@@ -82,7 +84,7 @@ impl GuestMemory for Host {
         let below = |first: u64, tables: u64| tables + (table - first) * 512 + index;
         let target = match table {
             MEMORY.. => 0,
-            TABLES_1.. => MEMORY + below(TABLES_1, 0) % (PAGES - MEMORY),
+            TABLES_1.. => MEMORY + ((table - TABLES_1) * self.stride + index) % (PAGES - MEMORY),
             TABLES_2.. => TABLES_1 + below(TABLES_2, 0) % (MEMORY - TABLES_1),
             TABLES_3.. => below(TABLES_3, TABLES_2),
             _ => below(TABLES_4, TABLES_3),
@@ -147,11 +149,12 @@ struct Guest {
 }
 
 impl Guest {
-    fn new(frames: u64, limit: usize, victims: VictimPolicy) -> Self {
+    fn new(frames: u64, limit: usize, victims: VictimPolicy, stride: u64) -> Self {
         let host = Host {
             words: (0..frames * 512).map(|_| AtomicU64::new(0)).collect(),
             free: Mutex::new((1..frames).collect()),
             flushes: AtomicU64::new(0),
+            stride,
         };
         let config = MmuConfig {
             limit,
@@ -220,7 +223,7 @@ impl Guest {
 }
 
 fn fill(count: u64) {
-    let mut guest = Guest::new(8 + count / 256, 1 << 20, VictimPolicy::Clock);
+    let mut guest = Guest::new(8 + count / 256, 1 << 20, VictimPolicy::Clock, 512);
     for page in 0..count {
         let gva = (page / 511 * 512 + page % 511 + 1) << 12;
         if page % 511 == 0 {
@@ -233,7 +236,7 @@ fn fill(count: u64) {
 
 fn build(count: u64) {
     assert!(count < 256, "the lower half has 256 ranges of 512 GiB");
-    let mut guest = Guest::new(16 + 4 * count, 1 << 20, VictimPolicy::Clock);
+    let mut guest = Guest::new(16 + 4 * count, 1 << 20, VictimPolicy::Clock, 512);
     for range in 1..=count {
         measured(|| guest.handle(range << 39));
     }
@@ -241,7 +244,7 @@ fn build(count: u64) {
 }
 
 fn zap(pages: usize, batch: usize) {
-    let mut guest = Guest::new(pages as u64 + 1024, 1 << 20, VictimPolicy::Clock);
+    let mut guest = Guest::new(pages as u64 + 1024, 1 << 20, VictimPolicy::Clock, 8);
     let mut gva = 0;
     while guest.mmu.used() < pages {
         for page in 0..4 {
@@ -275,8 +278,9 @@ fn zap(pages: usize, batch: usize) {
 /// 256 regions of 2 MiB: nine of ten reads go to 16 hot ones (`hot`), or to those while every tenth
 /// goes to the next of the others in turn (`scan`).
 fn trace(kind: &str, pages: usize, victims: VictimPolicy) {
-    let mut guest = Guest::new(4096, pages, victims);
+    let mut guest = Guest::new(4096, pages, victims, 512);
     guest.faults = 0;
+    let mut hot_faults = 0;
     let mut random: u64 = 1;
     let mut cold: u64 = 0;
     let mut pick = |below: u64| {
@@ -295,10 +299,14 @@ fn trace(kind: &str, pages: usize, victims: VictimPolicy) {
                 cold % 256
             }
         };
+        let before = guest.faults;
         measured(|| guest.read(region << 21));
+        if region % 16 == 0 {
+            hot_faults += guest.faults - before;
+        }
     }
     println!(
-        "{kind} trace, {pages} pages, {victims:?}: {} faults in 100000 reads",
+        "{kind} trace, {pages} pages, {victims:?}: {} faults in 100000 reads, {hot_faults} in hot regions",
         guest.faults
     );
 }

@@ -108,6 +108,9 @@ impl<H: Host> Core<'_, H> {
 
     /// The largest page that guest, host, slot and shadowed tables allow around the address.
     fn mapping_level(&self, root: ActivePage, walk: &Walk) -> Level {
+        if walk.leaf == Level::One {
+            return Level::One;
+        }
         let Some(slot) = self.state.slots.usable(walk.gfn) else {
             return Level::One;
         };
