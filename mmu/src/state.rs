@@ -222,11 +222,12 @@ impl<H: Host> Core<'_, H> {
 
     /// Takes the write right from every entry that maps `gfn`. Large entries go altogether.
     pub fn write_protect(&mut self, gfn: Gfn) {
-        for level in MAPPING_LEVELS {
-            let Some(slot) = self.state.slots.of(gfn) else {
-                return;
-            };
-            let head = *slot.rmap(level, gfn);
+        let Some(slot) = self.state.slots.of(gfn) else {
+            return;
+        };
+        // To drop entries of one level changes the lists of no other.
+        let heads = MAPPING_LEVELS.map(|level| *slot.rmap(level, gfn));
+        for (level, head) in MAPPING_LEVELS.into_iter().zip(heads) {
             if level == Level::One {
                 let mut cursor = RmapNodes::start(head);
                 while let Some(spte) = self.state.nodes.step(&mut cursor) {
