@@ -454,8 +454,14 @@ impl SimHost {
                 0,
                 "address bits that no host has"
             );
-            self.frame_word(Hpa::new(table), index)
-                .fetch_or(A, Ordering::Relaxed);
+            // A processor sets the bit in one step with looking whether the entry is still the same.
+            if self
+                .frame_word(Hpa::new(table), index)
+                .compare_exchange(value, value | A, Ordering::SeqCst, Ordering::SeqCst)
+                .is_err()
+            {
+                continue;
+            }
             if level == 1 || value & PS != 0 {
                 let pages = 1u64 << (9 * (level - 1));
                 let base = value & ADDRESS;
