@@ -64,6 +64,9 @@ pub struct Guest {
     pub console: Vec<String>,
     /// Its command line.
     pub command_line: Option<String>,
+    /// Whether it takes so long that it only runs when asked for.
+    #[serde(default)]
+    pub long: bool,
 }
 
 #[derive(Deserialize)]

@@ -54,6 +54,9 @@ pub struct Scenario {
     /// More arguments for Umbra, which nobody checks before.
     #[serde(default)]
     arguments: Vec<String>,
+    /// Whether it takes so long that it only runs when asked for.
+    #[serde(default)]
+    pub long: bool,
     /// After how many seconds of wall time the machine is killed.
     #[serde(default = "two_minutes")]
     limit: u64,
@@ -86,6 +89,7 @@ const KEYS: Keys = Keys(&[
     ("mmu_pages", LEAF),
     ("watchdog", LEAF),
     ("arguments", LEAF),
+    ("long", LEAF),
     ("limit", LEAF),
     ("exit_code", LEAF),
     ("console", LEAF),
@@ -158,6 +162,7 @@ impl Scenario {
             watchdog: (guest.expect_exit_code == ExitCode::Watchdog.as_u8())
                 .then_some(GUEST_WATCHDOG_SECONDS),
             arguments: Vec::new(),
+            long: guest.long,
             limit: two_minutes(),
             exit_code: guest.expect_exit_code,
             console: guest.console,
@@ -189,7 +194,11 @@ impl Scenario {
         Self::parse(path, &text)
     }
 
-    fn parse(path: &Path, text: &str) -> Result<Self> {
+    /// Reads `text`, which is the content of `path`.
+    ///
+    /// # Errors
+    /// The first mistake in it.
+    pub fn parse(path: &Path, text: &str) -> Result<Self> {
         let mut scenario: Self =
             keys::parse(path, text, &KEYS).map_err(|error| BadInput(error.to_string()))?;
         scenario.name = path

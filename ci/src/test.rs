@@ -16,6 +16,8 @@ use clap::Args;
 use crate::archive;
 use crate::build::{Application, Builder};
 use crate::command::Step;
+use crate::input::BadInput;
+use crate::keys;
 use crate::platform::{Boot, Console, Platform, Show};
 use crate::project::Project;
 use crate::report;
@@ -28,14 +30,27 @@ const AT_ONCE: usize = 2;
 /// How much of a failed run's console is shown, in lines.
 const LINES_SHOWN: usize = 40;
 
+/// Set for host tests that have a long form, to run that.
+const LONG: &str = "UMBRA_LONG";
+
 /// The options of `test`.
 #[derive(Args, Debug)]
 pub struct Options {
     /// Only tests and scenarios whose name contains this
     filter: Option<String>,
+    /// Also what takes long: ten million steps of the MMU's random machines, and scenarios marked so
+    #[arg(long)]
+    long: bool,
     /// List what would run, and run nothing
     #[arg(long)]
     list: bool,
+}
+
+/// Whether what takes long is run, too.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Length {
+    Ordinary,
+    Long,
 }
 
 /// How many tests passed and failed.
@@ -71,17 +86,30 @@ impl Job {
 /// When a scenario cannot be read, or nothing matches the filter.
 pub fn test(project: &Project, options: &Options) -> Result<u8> {
     let filter = options.filter.as_deref().unwrap_or_default();
-    let jobs = jobs(project, filter)?;
-    if options.list {
-        for test in list_host_tests(project, filter)? {
-            println!("host test: {test}");
+    let length = if options.long {
+        Length::Long
+    } else {
+        Length::Ordinary
+    };
+    let Selected { jobs, skipped } = select(all_jobs(project)?, filter, length);
+    // Where only the host tests can match, they are asked before anything runs.
+    if options.list || jobs.is_empty() {
+        let host_tests = list_host_tests(project, filter)?;
+        if jobs.is_empty() && host_tests.is_empty() {
+            return Err(no_match(project, filter, skipped));
         }
-        for job in &jobs {
-            println!("scenario: {}", job.name());
+        if options.list {
+            for test in host_tests {
+                println!("host test: {test}");
+            }
+            for job in &jobs {
+                println!("scenario: {}", job.name());
+            }
+            print_skipped(skipped);
+            return Ok(0);
         }
-        return Ok(0);
     }
-    let mut count = host_tests(project, filter)?;
+    let mut count = host_tests(project, filter, length)?;
     let scenarios = jobs.len();
     match run_jobs(project, jobs) {
         Ok(result) => count += result,
@@ -93,11 +121,25 @@ pub fn test(project: &Project, options: &Options) -> Result<u8> {
             };
         }
     }
+    print_skipped(skipped);
     println!("{} passed, {} failed", count.passed, count.failed);
     Ok(u8::from(count.failed > 0 || count.passed == 0))
 }
 
-fn jobs(project: &Project, filter: &str) -> Result<Vec<Job>> {
+fn print_skipped(skipped: usize) {
+    if skipped > 0 {
+        println!("{skipped} long scenarios skipped; --long runs them");
+    }
+}
+
+/// What matches a filter.
+struct Selected {
+    jobs: Vec<Job>,
+    /// How many more match, but only run when asked for.
+    skipped: usize,
+}
+
+fn all_jobs(project: &Project) -> Result<Vec<Job>> {
     let scenarios = Scenario::all(project)?;
     let jobs = scenarios.into_iter().flat_map(|scenario| {
         let platforms = scenario.platforms.clone();
@@ -106,10 +148,50 @@ fn jobs(project: &Project, filter: &str) -> Result<Vec<Job>> {
             platform,
         })
     });
-    let mut jobs: Vec<_> = jobs.filter(|job| job.name().contains(filter)).collect();
+    Ok(jobs.collect())
+}
+
+fn select(mut jobs: Vec<Job>, filter: &str, length: Length) -> Selected {
+    jobs.retain(|job| job.name().contains(filter));
+    let matching = jobs.len();
+    jobs.retain(|job| length == Length::Long || !job.scenario.long);
     // The slow platform goes first, so that the last machine does not run alone for long.
     jobs.sort_by_key(|job| std::cmp::Reverse(job.platform));
-    Ok(jobs)
+    Selected {
+        skipped: matching - jobs.len(),
+        jobs,
+    }
+}
+
+/// The error of a filter that matches nothing: what the user may have meant.
+fn no_match(project: &Project, filter: &str, skipped: usize) -> anyhow::Error {
+    if skipped > 0 {
+        let message = format!("`{filter}` matches only scenarios that take long; add --long");
+        return BadInput(message).into();
+    }
+    let names = all_jobs(project).and_then(|jobs| {
+        let scenarios = jobs.into_iter().map(|job| job.scenario.name);
+        let tests = list_host_tests(project, "")?;
+        Ok(scenarios.chain(tests).collect::<Vec<_>>())
+    });
+    match names {
+        Ok(names) => BadInput(unmatched(filter, &names)).into(),
+        Err(error) => error,
+    }
+}
+
+fn unmatched(filter: &str, names: &[String]) -> String {
+    // A test is known by its whole path or by its last part, and either is a filter.
+    let last = |name: &str| name.rsplit("::").next().unwrap_or_default().to_owned();
+    let candidates: Vec<_> = names
+        .iter()
+        .flat_map(|name| [name.clone(), last(name)])
+        .collect();
+    let nearest = keys::nearest(filter, candidates.iter().map(String::as_str));
+    let hint = nearest.map_or("`cargo xtask test --list` shows all".to_owned(), |name| {
+        format!("did you mean `{name}`?")
+    });
+    format!("no scenario and no test has a name that contains `{filter}`; {hint}")
 }
 
 fn cargo_test(project: &Project, filter: &str) -> Command {
@@ -133,8 +215,13 @@ fn list_host_tests(project: &Project, filter: &str) -> Result<Vec<String>> {
         .collect())
 }
 
-fn host_tests(project: &Project, filter: &str) -> Result<Count> {
-    let finished = Step::new("host tests").finish(&mut cargo_test(project, filter))?;
+fn host_tests(project: &Project, filter: &str, length: Length) -> Result<Count> {
+    let mut command = cargo_test(project, filter);
+    match length {
+        Length::Ordinary => command.env_remove(LONG),
+        Length::Long => command.env(LONG, "1"),
+    };
+    let finished = Step::new("host tests").finish(&mut command)?;
     let mut count = count_host_tests(&finished.output());
     let succeeded = finished.status.is_some_and(|status| status.success());
     if !succeeded {
@@ -341,5 +428,40 @@ mod tests {
             count_host_tests("error: could not compile"),
             Count::default()
         );
+    }
+
+    fn job(text: &str, name: &str) -> Job {
+        Job {
+            scenario: Scenario::parse(Path::new(&format!("{name}.toml")), text).unwrap(),
+            platform: Platform::Qemu,
+        }
+    }
+
+    #[test]
+    fn long_scenarios_run_only_when_asked_for() {
+        let jobs = || {
+            vec![
+                job("exit_code = 0", "hello"),
+                job("exit_code = 0\nlong = true", "hello-for-hours"),
+            ]
+        };
+        let names = |selected: &Selected| selected.jobs.iter().map(Job::name).collect::<Vec<_>>();
+        let ordinary = select(jobs(), "hello", Length::Ordinary);
+        assert_eq!(names(&ordinary), ["hello on qemu"]);
+        assert_eq!(ordinary.skipped, 1);
+        let long = select(jobs(), "hello", Length::Long);
+        assert_eq!(long.jobs.len(), 2);
+        assert_eq!(long.skipped, 0);
+        let others = select(jobs(), "hello on", Length::Ordinary);
+        assert_eq!((others.jobs.len(), others.skipped), (1, 0));
+    }
+
+    #[test]
+    fn a_filter_that_matches_nothing_names_the_nearest() {
+        let names = ["few-mmu-pages", "tests::a_package_is_named_once"].map(str::to_owned);
+        let hint = |filter| unmatched(filter, &names);
+        assert!(hint("few-mmu-page s").ends_with("did you mean `few-mmu-pages`?"));
+        assert!(hint("a_package_is_nemed").ends_with("did you mean `a_package_is_named_once`?"));
+        assert!(hint("zzz").ends_with("--list` shows all"));
     }
 }
