@@ -7,7 +7,7 @@ use alloc::vec::Vec;
 use umbra_loader::{EntryState, LoadError, LoadRequest, MemoryMap, Module};
 use umbra_machine::devices::fw_cfg::{E820Entry, FwCfg};
 use umbra_machine::processor::cpuid::CpuidPolicy;
-use umbra_machine::{Configuration, ConsoleOutput, Machine, TimeBase};
+use umbra_machine::{Configuration, ConsoleOutput, Machine, TimeBase, acpi};
 use umbra_mmu::MmuConfig;
 use umbra_report::options::Options;
 use umbra_report::{Outcome, Report};
@@ -71,6 +71,7 @@ fn prepare(name: &str, options: &Options) -> Result<Guest, End> {
         command_line: &options.append,
         modules: module.as_slice(),
         memory_map: &memory_map,
+        acpi_root: Some(acpi::ADDRESS),
     };
     let loaded =
         umbra_loader::load(files.image, &request, &mut LoaderRam::new(&host)).map_err(|error| {
@@ -79,6 +80,14 @@ fn prepare(name: &str, options: &Options) -> Result<Guest, End> {
                 _ => Outcome::BadImage,
             };
             End::new(outcome, format!("{error}"))
+        })?;
+
+    host.write(acpi::ADDRESS, &acpi::tables())
+        .map_err(|cause| {
+            End::new(
+                Outcome::HostOutOfMemory,
+                format!("no place for the guest's ACPI tables: {cause}"),
+            )
         })?;
 
     let cpuid = CpuidPolicy::new(&control::host_cpuid, &driver.limits());

@@ -69,6 +69,8 @@ pub struct LoadRequest<'a> {
     pub modules: &'a [Module<'a>],
     /// The guest's physical memory.
     pub memory_map: &'a MemoryMap,
+    /// Where ACPI's root pointer (RSDP) is, for protocols that tell it.
+    pub acpi_root: Option<Gpa>,
 }
 
 /// How an image is to be entered.

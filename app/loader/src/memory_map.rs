@@ -8,6 +8,8 @@ use umbra_vcpu::address::{Gpa, PAGE_SIZE};
 const LOW_END: u64 = 0x9_fc00;
 /// Where the RAM behind conventional memory and that KiB ends.
 const LOW_RAM_END: u64 = 0xa_0000;
+/// Where the memory begins in which firmware leaves its tables. It ends with the BIOS area.
+const FIRMWARE_START: u64 = 0xe_0000;
 /// Where memory goes on above the legacy video and BIOS area.
 const HIGH_START: u64 = 0x10_0000;
 /// Where the hole for devices below 4 GiB begins.
@@ -94,19 +96,21 @@ impl MemoryMap {
     }
 
     /// The RAM behind the map in whole pages. That is more than what is usable: the page that holds
-    /// the end of conventional memory is RAM to its last byte, as on a PC.
+    /// the end of conventional memory is RAM to its last byte, as on a PC, and so is the BIOS area,
+    /// for firmware's tables.
     pub fn ram(&self) -> impl Iterator<Item = MemoryRange> {
-        self.usable().filter_map(|range| {
-            let end = range.end().as_u64();
-            let end = if end == LOW_END {
-                LOW_RAM_END
-            } else {
-                end & !(PAGE_SIZE - 1)
+        self.ranges.iter().filter_map(|range| {
+            let (start, end) = (range.start.as_u64(), range.end().as_u64());
+            let (start, end) = match range.kind {
+                MemoryKind::Usable if end == LOW_END => (start, LOW_RAM_END),
+                MemoryKind::Usable => (start, end & !(PAGE_SIZE - 1)),
+                MemoryKind::Reserved => (FIRMWARE_START, end),
             };
-            let length = end
-                .checked_sub(range.start.as_u64())
-                .filter(|&length| length != 0)?;
-            Some(MemoryRange { length, ..*range })
+            (start < end).then_some(MemoryRange {
+                start: Gpa::new(start),
+                length: end - start,
+                ..*range
+            })
         })
     }
 
@@ -166,10 +170,12 @@ mod tests {
                 .map(|range| (range.start.as_u64(), range.end().as_u64()))
                 .collect()
         };
-        assert_eq!(ram(64 << 20), [(0, 0xa_0000), (HIGH_START, 64 << 20)]);
-        assert_eq!(ram((2 << 20) + 1), [(0, 0xa_0000), (HIGH_START, 2 << 20)]);
-        assert_eq!(ram(0x1fff), [(0, 0x1000)]);
-        assert_eq!(ram(0), []);
+        let low = (0, 0xa_0000);
+        let firmware = (FIRMWARE_START, HIGH_START);
+        assert_eq!(ram(64 << 20), [low, firmware, (HIGH_START, 64 << 20)]);
+        assert_eq!(ram((2 << 20) + 1), [low, firmware, (HIGH_START, 2 << 20)]);
+        assert_eq!(ram(0x1fff), [(0, 0x1000), firmware]);
+        assert_eq!(ram(0), [firmware]);
     }
 
     #[test]

@@ -2,6 +2,8 @@
 
 use alloc::vec::Vec;
 
+use umbra_vcpu::address::Gpa;
+
 use crate::image::Executable;
 use crate::placement::{Place, Placement, terminated};
 use crate::{EntryState, Format, GuestRam, LoadError, LoadRequest, Loaded};
@@ -54,7 +56,8 @@ pub fn load(
     set(12, &(request.modules.len() as u32).to_le_bytes());
     set(16, &u64::from(modules_at).to_le_bytes());
     set(24, &u64::from(command_line_at).to_le_bytes());
-    // Byte 32, the address of the RSDP, stays zero: the machine has no ACPI tables.
+    let acpi_root = request.acpi_root.map_or(0, Gpa::as_u64);
+    set(32, &acpi_root.to_le_bytes());
     set(40, &u64::from(map_at).to_le_bytes());
     set(48, &(map.ranges().len() as u32).to_le_bytes());
     let ebx = placement.put("the start information", Place::Low, Vec::from(information))?;

@@ -3,7 +3,7 @@
 mod common;
 
 use common::{
-    Class, Load, MEMORY, MODULES, NAMES, NoteIn, Ram, SYMBOLS, good_images, load_into,
+    ACPI_ROOT, Class, Load, MEMORY, MODULES, NAMES, NoteIn, Ram, SYMBOLS, good_images, load_into,
     multiboot_elf, multiboot_flat, multiboot_header, pvh_elf, try_load,
 };
 use umbra_loader::{EntryState, Format, LoadRequest, Loaded, MemoryMap, Module, load};
@@ -100,7 +100,7 @@ fn pvh_start_information_is_complete() {
             assert_eq!((loaded.format, eip), (Format::Pvh, 0x10_0004));
             assert_eq!((ram.u32(info), ram.u32(info + 4)), (0x336e_c578, 1));
             assert_eq!(ram.text(ram.u64(info + 24)), "one two");
-            assert_eq!(ram.u64(info + 32), 0);
+            assert_eq!(ram.u64(info + 32), ACPI_ROOT.as_u64());
             assert_eq!(ram.u32(info + 12), 2);
             for (index, module) in (0..).zip(MODULES) {
                 let entry = ram.u64(info + 16) + 32 * index;
@@ -222,6 +222,7 @@ fn modules_that_do_not_fit_are_refused_before_anything_is_written() {
             command_line: "x",
             modules: &modules,
             memory_map: &map,
+            acpi_root: Some(ACPI_ROOT),
         };
         let mut ram = Ram::new(&map);
         let error = load(&image, &request, &mut ram).unwrap_err().to_string();
@@ -245,6 +246,7 @@ fn texts_with_zero_bytes_are_refused() {
                 command_line,
                 modules: &modules,
                 memory_map: &map,
+                acpi_root: Some(ACPI_ROOT),
             };
             let mut ram = Ram::new(&map);
             let error = load(&image, &request, &mut ram).unwrap_err().to_string();

@@ -5,6 +5,7 @@
 //! | --- | --- |
 //! | [`machine`] | the bus: all devices, ports, MMIO, time, interrupts |
 //! | [`devices`] | one module for each device |
+//! | [`acpi`] | the tables that describe the machine to kernels |
 //! | [`processor`] | CPUID, control registers and MSRs as the guest sees them |
 //! | [`time`] | guest time and the time-stamp counter |
 //! | [`access_log`] | counts of accesses to what is not there |
@@ -21,6 +22,7 @@
 extern crate alloc;
 
 pub mod access_log;
+pub mod acpi;
 pub mod devices;
 pub mod machine;
 pub mod processor;

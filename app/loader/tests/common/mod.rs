@@ -8,6 +8,7 @@ use umbra_loader::{GuestRam, LoadError, LoadRequest, Loaded, MemoryMap, Module, 
 use umbra_vcpu::address::Gpa;
 
 pub const MEMORY: u64 = 8 << 20;
+pub const ACPI_ROOT: Gpa = Gpa::new(0xe_0000);
 const PAGE: u64 = 4096;
 
 /// Guest RAM of which only written pages exist. A write outside of usable RAM fails the test.
@@ -105,6 +106,7 @@ pub fn load_into(image: &[u8], map: &MemoryMap, ram: &mut Ram) -> Result<Loaded,
         command_line: "one two",
         modules: &MODULES,
         memory_map: map,
+        acpi_root: Some(ACPI_ROOT),
     };
     load(image, &request, ram)
 }

@@ -10,6 +10,8 @@ use super::local_apic::{Destination, Message, Trigger};
 pub const ADDRESS: u64 = 0xfec0_0000;
 /// The size of the register page in bytes.
 pub const SIZE: u64 = 0x1000;
+/// The input of ISA line 0, the timer's.
+pub const TIMER_INPUT: u8 = 2;
 /// The number of inputs.
 pub const INPUTS: usize = 24;
 

@@ -12,6 +12,7 @@ pub mod local_apic;
 pub mod pci;
 pub mod pic;
 pub mod pit;
+pub mod power_management;
 pub mod reset_control;
 pub mod rtc;
 pub mod serial;

@@ -7,6 +7,10 @@ use crate::Shutdown;
 /// The register's port.
 pub const PORT: u16 = 0xcf9;
 
+/// What resets when it is written.
+pub const HARD_RESET: u8 = HARD | RESET_CPU;
+
+const HARD: u8 = 1 << 1;
 const RESET_CPU: u8 = 1 << 2;
 const WRITABLE: u8 = 0b1110;
 
@@ -39,7 +43,7 @@ mod tests {
         let mut register = ResetControl::default();
         assert_eq!(register.write(0x02), None);
         assert_eq!(register.read(), 0x02);
-        assert_eq!(register.write(0x06), Some(Shutdown::Reset));
+        assert_eq!(register.write(HARD_RESET), Some(Shutdown::Reset));
         assert_eq!(register.write(0x06), None);
         assert_eq!(register.write(0x00), None);
         assert_eq!(register.write(0x0e), Some(Shutdown::Reset));

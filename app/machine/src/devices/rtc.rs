@@ -12,6 +12,8 @@ use super::Level;
 pub const INDEX_PORT: u16 = 0x70;
 /// The port of the selected register.
 pub const DATA_PORT: u16 = 0x71;
+/// The register that holds the century.
+pub const CENTURY_INDEX: u8 = register::CENTURY as u8;
 /// The clock's interrupt line.
 pub const IRQ: u8 = 8;
 

@@ -5,12 +5,9 @@
 //! of the I/O APIC, and straight if the local APIC is disabled.
 
 use super::{Machine, Shutdown};
-use crate::devices::{Level, local_apic, pit, rtc, serial};
+use crate::devices::{Level, io_apic, local_apic, pit, power_management, rtc, serial};
 use crate::processor::msr::ApicMode;
 use crate::time::GuestTime;
-
-/// The I/O APIC's input of the timer's line.
-const TIMER_INPUT: usize = 2;
 
 impl Machine {
     /// Lets time pass up to `now`; an earlier time than the last is that of the last.
@@ -18,6 +15,7 @@ impl Machine {
         self.now = self.now.max(now);
         self.pit.advance(self.now);
         self.rtc.advance(self.now);
+        self.power_management.advance(self.now);
         self.local_apic.advance(self.now);
         self.update_lines();
     }
@@ -33,8 +31,15 @@ impl Machine {
             .rtc
             .next_deadline()
             .filter(|_| self.is_unmasked(rtc::IRQ));
+        let power_management = self
+            .power_management
+            .next_deadline()
+            .filter(|_| self.is_unmasked(power_management::IRQ));
         let local = self.local_apic.next_deadline();
-        pit.into_iter().chain(rtc).chain(local).min()
+        [pit, rtc, power_management, local]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     /// Whether an interrupt waits for the guest.
@@ -77,6 +82,7 @@ impl Machine {
         self.set_line(pit::IRQ, self.pit.output());
         self.set_line(serial::IRQ, self.serial.interrupt());
         self.set_line(rtc::IRQ, self.rtc.interrupt());
+        self.set_line(power_management::IRQ, self.power_management.interrupt());
         if self.local_apic.take_init() {
             // Nobody could start the only processor again.
             self.end(Some(Shutdown::Reset));
@@ -110,7 +116,7 @@ impl Machine {
 
 const fn io_apic_input(irq: u8) -> usize {
     match irq {
-        pit::IRQ => TIMER_INPUT,
+        pit::IRQ => io_apic::TIMER_INPUT as usize,
         _ => irq as usize,
     }
 }

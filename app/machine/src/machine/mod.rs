@@ -21,6 +21,7 @@ use crate::devices::local_apic::LocalApic;
 use crate::devices::pci::{self, PciConfiguration};
 use crate::devices::pic::{self, Pic};
 use crate::devices::pit::{self, Pit};
+use crate::devices::power_management::{self, PowerManagement};
 use crate::devices::reset_control::{self, ResetControl};
 use crate::devices::rtc::{self, Rtc};
 use crate::devices::serial::{self, Serial};
@@ -72,6 +73,7 @@ pub struct Machine {
     serial: Serial,
     pit: Pit,
     rtc: Rtc,
+    power_management: PowerManagement,
     pci: PciConfiguration,
     fw_cfg: FwCfg,
     reset_control: ResetControl,
@@ -88,6 +90,7 @@ enum PortDevice {
     Pit,
     SystemControl,
     Rtc,
+    PowerManagement,
     Serial,
     DebugExit,
     FwCfg,
@@ -115,6 +118,7 @@ fn device_at(port: u16) -> Option<PortDevice> {
         reset_control::PORT => PortDevice::ResetControl,
         pci::ADDRESS_PORT..pci::DATA_PORT => PortDevice::PciAddress,
         pci::DATA_PORT..=pci::LAST_DATA_PORT => PortDevice::PciData,
+        _ if power_management::owns(port) => PortDevice::PowerManagement,
         _ => return None,
     })
 }
@@ -141,6 +145,7 @@ impl Machine {
             serial: Serial::new(),
             pit: Pit::default(),
             rtc: Rtc::new(0),
+            power_management: PowerManagement::default(),
             pci: PciConfiguration::default(),
             fw_cfg: FwCfg::default(),
             reset_control: ResetControl::default(),
@@ -258,6 +263,7 @@ impl Machine {
             PortDevice::SystemControl => self.pit.read_system_control(),
             // The index cannot be read.
             PortDevice::Rtc if port == rtc::DATA_PORT => self.rtc.read(),
+            PortDevice::PowerManagement => self.power_management.read(port),
             PortDevice::Serial => self.serial.read(port - serial::PORT),
             PortDevice::DebugExit => 0,
             PortDevice::FwCfg if port == fw_cfg::DATA_PORT => self.fw_cfg.read(),
@@ -277,6 +283,10 @@ impl Machine {
             PortDevice::SystemControl => self.pit.write_system_control(value),
             PortDevice::Rtc if port == rtc::INDEX_PORT => self.rtc.select(value),
             PortDevice::Rtc => self.rtc.write(value),
+            PortDevice::PowerManagement => {
+                let shutdown = self.power_management.write(port, value);
+                self.end(shutdown);
+            }
             PortDevice::Serial => {
                 if let Some(byte) = self.serial.write(port - serial::PORT, value) {
                     self.console.write(byte);
