@@ -5,13 +5,11 @@ use crate::error::{MmuError, NoPageAvailable};
 use crate::host::{Host, SlotId, Touch};
 use crate::level::Level;
 use crate::page::{ActivePage, ShadowPage};
-use crate::registers::{
-    AccessKind, Attempt, Fault, Format, GuestPaging, Marking, PageFault, Rights,
-};
+use crate::registers::{AccessKind, Attempt, Fault, GuestPaging, Marking, PageFault, Rights};
 use crate::role::Role;
 use crate::slot::SlotFlags;
 use crate::spte::Spte;
-use crate::state::{Core, Target};
+use crate::state::{Core, Leaf, Target};
 use crate::walk::{Walk, WalkEnd};
 use umbra_vcpu::address::{Gfn, Gpa, Gva, Pfn};
 
@@ -64,13 +62,7 @@ impl<H: Host> Core<'_, H> {
         fault: &Fault,
     ) -> Result<Step, MmuError> {
         let attempt = Attempt::of_fault(fault);
-        let gva = match paging.format {
-            Format::Long4 | Format::Long5 => fault.gva,
-            _ => Gva::new(fault.gva.as_u64() & 0xffff_ffff),
-        };
-        if let Some(outcome) = self.fast_mmio(paging, root, gva, attempt) {
-            return Ok(Step::Done(outcome));
-        }
+        let gva = paging.linear(fault.gva);
         let walk = match self.walk(paging, gva, attempt, Marking::SetAccessedDirty) {
             Ok(walk) => walk,
             Err(WalkEnd::Changed) => return Ok(Step::Done(FaultOutcome::Fixed)),
@@ -340,7 +332,13 @@ impl<H: Host> Core<'_, H> {
             }
         }
         let granted = self.granted(gfn, level, walk.rights, attempt.kind);
-        self.map(page, index, gfn, frame, walk.rights, granted);
+        let leaf = Leaf {
+            gfn,
+            frame,
+            rights: walk.rights,
+            granted,
+        };
+        self.map(page, index, &leaf);
         if self.config.prefetch > 1 {
             self.prefetch(page, index);
         }
@@ -370,7 +368,7 @@ impl<H: Host> Core<'_, H> {
 
     /// Fills empty neighbours of a level-1 entry whose guest entries are accessed already, as a
     /// processor may at any time.
-    fn prefetch(&mut self, page: ActivePage, index: usize) {
+    pub fn prefetch(&mut self, page: ActivePage, index: usize) {
         let id = page.id();
         let role = self.state.pages[id].role;
         if role.is_direct() || role.level != Level::One {
@@ -391,7 +389,13 @@ impl<H: Host> Core<'_, H> {
                 return;
             }
             let granted = self.granted(gfn, Level::One, rights, AccessKind::Read);
-            self.map(page, neighbour, gfn, frame, rights, granted);
+            let leaf = Leaf {
+                gfn,
+                frame,
+                rights,
+                granted,
+            };
+            self.map_empty(page, neighbour, Level::One, &leaf);
             self.state.counters.mmu_prefetched += 1;
         }
     }
@@ -437,66 +441,6 @@ impl<H: Host> Core<'_, H> {
             self.flush();
         }
         Some(page)
-    }
-
-    /// Answers an access to an MMIO page from the shadow alone.
-    fn fast_mmio(
-        &mut self,
-        paging: &GuestPaging,
-        root: Option<ActivePage>,
-        gva: Gva,
-        attempt: Attempt,
-    ) -> Option<FaultOutcome> {
-        if !self.leads_to_mmio(root?, gva) {
-            return None;
-        }
-        let mut page = root?.id();
-        loop {
-            let level = self.state.pages[page].role.level;
-            let index = level.index(gva);
-            let spte = self.load(page, index);
-            if spte.is_empty() {
-                return None;
-            }
-            match self.target(page, index, spte) {
-                Target::Page(child) => page = child,
-                Target::Leaf { gfn, .. } => {
-                    let (generation, rights) = spte.as_mmio()?;
-                    // Keys and write-enabled pages are left to the whole walk.
-                    if generation != self.state.mmio_generation
-                        || paging.protection_keys
-                        || (attempt.kind == AccessKind::Write && !rights.contains(Rights::WRITE))
-                        || (!paging.write_protect && !rights.contains(Rights::USER))
-                        || paging.forbids(attempt, rights, 0).is_some()
-                    {
-                        return None;
-                    }
-                    self.state.counters.pf_mmio_fast += 1;
-                    return Some(FaultOutcome::Mmio {
-                        gpa: Gpa::new(gfn.base().as_u64() | gva.page_offset()),
-                        access: attempt.kind,
-                        target: MmioTarget::NoSlot,
-                    });
-                }
-            }
-        }
-    }
-
-    /// Whether the hardware's walk ends at an MMIO entry. Looks at the tables alone.
-    #[inline]
-    fn leads_to_mmio(&self, root: ActivePage, gva: Gva) -> bool {
-        let shadow = &self.state.pages[root.id()];
-        let (mut table, mut level) = (shadow.frame, shadow.role.level);
-        loop {
-            let spte = Spte(self.host.load(table, level.index(gva)));
-            match level.below() {
-                Some(below) if spte.is_present() && !spte.is_large() => {
-                    table = spte.frame().base();
-                    level = below;
-                }
-                _ => return spte.as_mmio().is_some(),
-            }
-        }
     }
 
     /// The error of a VM that gets no more pages.

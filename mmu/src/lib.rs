@@ -169,6 +169,7 @@ mod audit;
 mod budget;
 mod config;
 mod error;
+mod fast;
 mod fault;
 mod host;
 mod level;

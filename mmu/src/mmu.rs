@@ -492,6 +492,9 @@ impl<H: Host> Mmu<H> {
         vcpu: &mut Vcpu,
         fault: &Fault,
     ) -> Result<FaultOutcome, MmuError> {
+        if let Some(outcome) = self.handle_fault_fast(vcpu, fault) {
+            return Ok(outcome);
+        }
         loop {
             let step = self.with_relief(FAULT, |core| {
                 let root = core.root_page(vcpu.index, &vcpu.root_key, fault.gva);
@@ -519,6 +522,26 @@ impl<H: Host> Mmu<H> {
         }
     }
 
+    /// Handles the faults that need nothing made but one entry.
+    #[inline]
+    fn handle_fault_fast(&self, vcpu: &Vcpu, fault: &Fault) -> Option<FaultOutcome> {
+        let mut state = self.state.lock();
+        if state.nodes.available() < FAULT.entries {
+            return None;
+        }
+        let mut core = self.core(&mut state);
+        let root = core.root_page(vcpu.index, &vcpu.root_key, fault.gva)?;
+        let outcome = core.handle_fault_fast(&vcpu.paging, root, fault)?;
+        let counters = &mut core.state.counters;
+        counters.pf_taken += 1;
+        match outcome {
+            FaultOutcome::Mmio { .. } => counters.pf_mmio += 1,
+            _ => counters.pf_fixed += 1,
+        }
+        debug_assert!(!core.state.flush_pending, "only an empty entry was filled");
+        Some(outcome)
+    }
+
     /// INVLPG, or INVPCID for one address.
     pub fn invalidate_page(&self, vcpu: &mut Vcpu, gva: Gva) {
         self.locked(|core| {
@@ -538,11 +561,7 @@ impl<H: Host> Mmu<H> {
     /// # Errors
     /// The fault that the access raises, or that the tables changed meanwhile.
     pub fn translate(&self, vcpu: &Vcpu, gva: Gva, access: &Access) -> Result<Gpa, TranslateError> {
-        let gva = if vcpu.paging.format.is_long() {
-            gva
-        } else {
-            Gva::new(gva.as_u64() & 0xffff_ffff)
-        };
+        let gva = vcpu.paging.linear(gva);
         self.locked(|core| {
             match core.walk(
                 &vcpu.paging,

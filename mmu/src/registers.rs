@@ -326,6 +326,16 @@ impl GuestPaging {
         }
     }
 
+    /// The part of an address that translation looks at.
+    #[inline]
+    pub const fn linear(&self, gva: Gva) -> Gva {
+        if self.format.is_long() {
+            gva
+        } else {
+            Gva::new(gva.as_u64() & 0xffff_ffff)
+        }
+    }
+
     /// The error code of a fault by `attempt`, with `cause` (present, reserved, key) added.
     pub fn error(&self, attempt: Attempt, cause: PageFaultErrorCode) -> PageFaultErrorCode {
         let mut error = cause;

@@ -163,6 +163,12 @@ impl Slot {
         }
     }
 
+    /// Whether shadowed tables may lie in the 2 MiB around `gfn`.
+    #[inline]
+    pub fn has_tables_near(&self, gfn: Gfn) -> bool {
+        self.disallowed[0][self.range(Level::Two, gfn)] != 0
+    }
+
     pub fn disallow_large(&mut self, gfn: Gfn) {
         for level in [Level::Two, Level::Three] {
             let range = self.range(level, gfn);
@@ -270,6 +276,13 @@ impl Slots {
             .filter(|slot| !slot.retiring)
     }
 
+    /// The slot that holds `gfn`.
+    #[inline]
+    pub fn get(&self, gfn: Gfn) -> Option<&Slot> {
+        self.position(gfn).map(|index| &self.slots[index])
+    }
+
+    /// The same, to be changed.
     #[inline]
     pub fn of(&mut self, gfn: Gfn) -> Option<&mut Slot> {
         self.position(gfn).map(|index| &mut self.slots[index])

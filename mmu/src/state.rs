@@ -6,13 +6,13 @@
 
 use crate::budget::Budget;
 use crate::config::MmuConfig;
-use crate::host::Host;
+use crate::host::{Host, Touch};
 use crate::level::Level;
 use crate::page::{ActivePage, PageId, PageTable, Translations};
 use crate::registers::Rights;
 use crate::rmap::{RmapHead, RmapNodes, SpteRef};
 use crate::root::VcpuRoots;
-use crate::slot::{MAPPING_LEVELS, Slots};
+use crate::slot::{MAPPING_LEVELS, Slot, Slots};
 use crate::spte::{Mapping, Spte};
 use crate::statistics::Counters;
 use alloc::vec::Vec;
@@ -59,8 +59,31 @@ pub(crate) enum Target {
     Page(PageId),
 }
 
+/// A mapping of one guest frame.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Leaf {
+    pub gfn: Gfn,
+    pub frame: Pfn,
+    /// The guest's own rights.
+    pub rights: Rights,
+    /// What the hardware may do now, a part of them.
+    pub granted: Rights,
+}
+
 /// Frames and arrays kept ready: the worst case of one fault or root load with some to spare.
 pub(crate) const CACHED: usize = 16;
+
+impl Leaf {
+    #[inline]
+    fn spte(&self, level: Level) -> Spte {
+        let mapping = if level == Level::One {
+            Mapping::Small
+        } else {
+            Mapping::Large
+        };
+        Spte::leaf(self.frame, self.granted, mapping)
+    }
+}
 
 const fn leaf_translation(gfn: Gfn, rights: Rights) -> u64 {
     gfn.as_u64() << 8 | rights.bits() as u64
@@ -163,36 +186,24 @@ impl<H: Host> Core<'_, H> {
             .store(self.state.pages[page].frame, index, value.0);
     }
 
-    /// Makes the entry at `index` map `gfn`, whatever it held. `granted` is what the hardware may
-    /// do now, a part of the guest's own `rights`.
-    pub fn map(
-        &mut self,
-        page: ActivePage,
-        index: usize,
-        gfn: Gfn,
-        frame: Pfn,
-        rights: Rights,
-        granted: Rights,
-    ) {
+    /// Makes the entry at `index` map `leaf`, whatever it held.
+    pub fn map(&mut self, page: ActivePage, index: usize, leaf: &Leaf) {
         let id = page.id();
-        let shadow = &self.state.pages[id];
-        let (level, table) = (shadow.role.level, shadow.frame);
-        let mapping = if level == Level::One {
-            Mapping::Small
-        } else {
-            Mapping::Large
-        };
-        let new = Spte::leaf(frame, granted, mapping);
+        let (level, table) = (self.state.pages[id].role.level, self.state.pages[id].frame);
         let old = self.load(id, index);
-        if old.is_present() && self.is_leaf(id, old) && old.frame() == frame {
-            let same = Target::Leaf { gfn, rights };
+        if old.is_present() && self.is_leaf(id, old) && old.frame() == leaf.frame {
             let held = self.target(id, index, old);
-            if matches!(held, Target::Leaf { gfn: held, .. } if held == gfn) {
+            let same = Target::Leaf {
+                gfn: leaf.gfn,
+                rights: leaf.rights,
+            };
+            if matches!(held, Target::Leaf { gfn, .. } if gfn == leaf.gfn) {
                 if held != same
                     && let Some(translations) = &mut self.state.pages[id].translations
                 {
-                    translations[index] = leaf_translation(gfn, rights);
+                    translations[index] = leaf_translation(leaf.gfn, leaf.rights);
                 }
+                let new = leaf.spte(level);
                 let old = Spte(self.host.swap(table, index, new.0));
                 self.state.flush_pending |= old.needs_flush_before(new);
                 return;
@@ -201,14 +212,22 @@ impl<H: Host> Core<'_, H> {
         if !old.is_empty() {
             self.drop_entry(id, index);
         }
-        self.note(id, index, leaf_translation(gfn, rights));
+        self.map_empty(page, index, level, leaf);
+    }
+
+    /// Makes the empty entry at `index` of a page at `level` map `leaf`.
+    #[inline]
+    pub fn map_empty(&mut self, page: ActivePage, index: usize, level: Level, leaf: &Leaf) {
+        let id = page.id();
+        self.note(id, index, leaf_translation(leaf.gfn, leaf.rights));
         let state = &mut *self.state;
-        if let Some(slot) = state.slots.of(gfn) {
+        if let Some(slot) = state.slots.of(leaf.gfn) {
             state
                 .nodes
-                .insert(slot.rmap(level, gfn), SpteRef { page: id, index });
+                .insert(slot.rmap(level, leaf.gfn), SpteRef { page: id, index });
         }
-        self.host.store(table, index, new.0);
+        let frame = state.pages[id].frame;
+        self.host.store(frame, index, leaf.spte(level).0);
     }
 
     /// Makes the entry at `index` of a level-1 page an MMIO entry, whatever it held.
@@ -268,6 +287,10 @@ impl<H: Host> Core<'_, H> {
 
     /// Whether a write to `gfn` would change a table that a shadow page holds to be unchanged.
     pub fn is_tracked(&self, gfn: Gfn) -> bool {
+        let near = |slot: &Slot| slot.has_tables_near(gfn);
+        if !self.state.slots.get(gfn).is_some_and(near) {
+            return false;
+        }
         self.state.pages.of(gfn).any(|id| {
             let page = &self.state.pages[id];
             !page.role.is_direct() && !page.unsync
@@ -276,10 +299,13 @@ impl<H: Host> Core<'_, H> {
 
     /// The host frame of `gfn` if it is memory that has been touched.
     pub fn resolve(&self, gfn: Gfn) -> Option<Pfn> {
-        let slot = self.state.slots.usable(gfn)?;
-        let found = self
-            .host
-            .frame(slot.memory.id, slot.page(gfn), crate::host::Touch::Peek);
+        self.frame_in(self.state.slots.usable(gfn)?, gfn)
+    }
+
+    /// The same in its slot.
+    #[inline]
+    pub fn frame_in(&self, slot: &Slot, gfn: Gfn) -> Option<Pfn> {
+        let found = self.host.frame(slot.memory.id, slot.page(gfn), Touch::Peek);
         found.ok().flatten()
     }
 }

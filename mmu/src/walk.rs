@@ -10,7 +10,7 @@ use crate::registers::{AccessKind, Attempt, Format, GuestPaging, Marking, PageFa
 use crate::role::{EntryFormat, bits};
 use crate::slot::SlotFlags;
 use crate::state::Core;
-use umbra_vcpu::address::{Gfn, Gva};
+use umbra_vcpu::address::{Gfn, Gva, Pfn};
 use x86_64::structures::idt::PageFaultErrorCode;
 
 /// One guest entry on the path.
@@ -54,14 +54,42 @@ impl<H: Host> Core<'_, H> {
                 u64::MAX
             };
         };
-        let touched = self
-            .host
-            .frame(slot.memory.id, slot.page(table), crate::host::Touch::Peek);
-        let Ok(Some(frame)) = touched else { return 0 };
+        match self.frame_in(slot, table) {
+            Some(frame) => self.load_guest(format, frame, offset),
+            None => 0,
+        }
+    }
+
+    /// Loads a guest entry from its memory.
+    #[inline]
+    pub fn load_guest(&self, format: Format, frame: Pfn, offset: usize) -> u64 {
         match format {
             Format::Legacy => u64::from(self.host.load_u32(frame, offset)),
             _ => self.host.load_u64(frame, offset),
         }
+    }
+
+    /// Changes a guest entry unless it is `value` no longer.
+    #[inline]
+    pub fn exchange_guest(
+        &self,
+        format: Format,
+        frame: Pfn,
+        offset: usize,
+        value: u64,
+        new: u64,
+    ) -> Result<(), WalkEnd> {
+        let done = match format {
+            Format::Legacy => self
+                .host
+                .compare_exchange_u32(frame, offset, value as u32, new as u32)
+                .is_ok(),
+            _ => self
+                .host
+                .compare_exchange_u64(frame, offset, value, new)
+                .is_ok(),
+        };
+        if done { Ok(()) } else { Err(WalkEnd::Changed) }
     }
 
     fn mark(&mut self, format: Format, entry: &mut WalkEntry, set: u64) -> Result<(), WalkEnd> {
@@ -76,19 +104,7 @@ impl<H: Host> Core<'_, H> {
         let Some(frame) = self.resolve(entry.table) else {
             return Ok(());
         };
-        let done = match format {
-            Format::Legacy => self
-                .host
-                .compare_exchange_u32(frame, entry.offset, entry.value as u32, new as u32)
-                .is_ok(),
-            _ => self
-                .host
-                .compare_exchange_u64(frame, entry.offset, entry.value, new)
-                .is_ok(),
-        };
-        if !done {
-            return Err(WalkEnd::Changed);
-        }
+        self.exchange_guest(format, frame, entry.offset, entry.value, new)?;
         entry.value = new;
         Ok(())
     }

@@ -1,0 +1,207 @@
+//! The faults that need no walk of the guest's tables: only the last entry is missing, or it is known
+//! that there is no memory behind it.
+//!
+//! Links between synced pages say what the guest's upper tables say right now, and a page's role
+//! holds the rights that they leave. So where the whole path is there and synced, one guest entry
+//! decides. Whatever is not the plain success (a right that is missing, a reserved bit, a logged page,
+//! no memory yet) is left to the whole walk, which also finds the exact error code.
+
+use crate::fault::{FaultOutcome, MmioTarget};
+use crate::host::Host;
+use crate::level::Level;
+use crate::page::{ActivePage, PageId};
+use crate::registers::{AccessKind, Attempt, Fault, GuestPaging, Rights};
+use crate::role::{EntryFormat, bits};
+use crate::spte::Spte;
+use crate::state::{Core, Leaf, Target};
+use umbra_vcpu::address::{Gfn, Gpa, Gva};
+
+/// Where the hardware's walk ends.
+struct End {
+    page: PageId,
+    level: Level,
+    index: usize,
+    spte: Spte,
+    /// Whether all links on the way are what the guest's tables ask for now.
+    synced: bool,
+}
+
+impl<H: Host> Core<'_, H> {
+    /// Answers a fault from the shadow tables and at most one guest entry. `None` if it takes more.
+    #[inline]
+    pub fn handle_fault_fast(
+        &mut self,
+        paging: &GuestPaging,
+        root: ActivePage,
+        fault: &Fault,
+    ) -> Option<FaultOutcome> {
+        let attempt = Attempt::of_fault(fault);
+        let gva = paging.linear(fault.gva);
+        let end = self.hardware_walk(root, gva);
+        if end.spte.is_empty() {
+            if end.level != Level::One || !end.synced {
+                return None;
+            }
+            self.fill_last(paging, &end, gva, attempt)?;
+            Some(FaultOutcome::Fixed)
+        } else if end.spte.is_present() {
+            None
+        } else {
+            self.known_mmio(paging, &end, gva, attempt)
+        }
+    }
+
+    /// Follows the links from `root` on, as the hardware did.
+    #[inline]
+    fn hardware_walk(&mut self, root: ActivePage, gva: Gva) -> End {
+        let (mut page, mut synced) = (root.id(), true);
+        let mut level = self.state.pages[page].role.level;
+        loop {
+            let shadow = &mut self.state.pages[page];
+            shadow.write_flooding = 0;
+            let index = level.index(gva);
+            let spte = Spte(self.host.load(shadow.frame, index));
+            if let Some(below) = level.below()
+                && let Some(translations) = &shadow.translations
+                && spte.is_present()
+                && !spte.is_large()
+            {
+                synced &= !shadow.unsync;
+                page = PageId::from_number(translations[index] as u32);
+                level = below;
+                continue;
+            }
+            return End {
+                page,
+                level,
+                index,
+                spte,
+                synced,
+            };
+        }
+    }
+
+    /// Fills the empty last entry of a path that is synced.
+    #[inline]
+    fn fill_last(
+        &mut self,
+        paging: &GuestPaging,
+        end: &End,
+        gva: Gva,
+        attempt: Attempt,
+    ) -> Option<()> {
+        let page = self.state.pages.active(end.page)?;
+        let shadow = &self.state.pages[end.page];
+        if shadow.role.is_direct() {
+            let (gfn, rights) = (shadow.gfn.offset(end.index as u64), shadow.role.rights);
+            let leaf = self.direct_leaf(paging, gfn, rights, attempt)?;
+            self.map_empty(page, end.index, Level::One, &leaf);
+            return Some(());
+        }
+        let (table, above) = (shadow.gfn, shadow.role.rights);
+        let format = EntryFormat::of(paging);
+        let offset = format.offset(Level::One, gva);
+        let slot = self.state.slots.usable(table)?;
+        let memory = self.frame_in(slot, table)?;
+        let markable = slot.memory.flags.is_empty();
+        let value = self.load_guest(format.format, memory, offset);
+        if value & bits::PRESENT == 0 || value & format.suspicious(self.config.features) != 0 {
+            return None;
+        }
+        let rights = above & format.rights(value);
+        if paging.forbids(attempt, rights, format.key(value)).is_some() {
+            return None;
+        }
+        let marked = value
+            | match attempt.kind {
+                AccessKind::Write => bits::ACCESSED | bits::DIRTY,
+                AccessKind::Read | AccessKind::Execute => bits::ACCESSED,
+            };
+        let rights = format.leaf_rights(rights, marked);
+        let leaf = self.leaf_to(format.table(value), rights, attempt.kind)?;
+        if marked != value {
+            if !markable {
+                return None;
+            }
+            self.exchange_guest(format.format, memory, offset, value, marked)
+                .ok()?;
+        }
+        self.map_empty(page, end.index, Level::One, &leaf);
+        if self.config.prefetch > 1 {
+            self.prefetch(page, end.index);
+        }
+        Some(())
+    }
+
+    /// The same in a page that maps a piece of a large guest page or of unpaged memory.
+    fn direct_leaf(
+        &self,
+        paging: &GuestPaging,
+        gfn: Gfn,
+        rights: Rights,
+        attempt: Attempt,
+    ) -> Option<Leaf> {
+        // The page's rights may be narrower than the guest's own: by a key, or because a supervisor
+        // wrote with CR0.WP clear.
+        let exact =
+            !paging.protection_keys && (paging.write_protect || rights.contains(Rights::USER));
+        let slot = self.state.slots.usable(gfn)?;
+        let smallest = self.config.largest_mapping == Level::One || slot.has_tables_near(gfn);
+        if !exact || !smallest || paging.forbids(attempt, rights, 0).is_some() {
+            return None;
+        }
+        self.leaf_to(gfn, rights, attempt.kind)
+    }
+
+    /// A mapping of `gfn`, if it is ordinary memory that lets `kind` through at once.
+    #[inline]
+    fn leaf_to(&self, gfn: Gfn, rights: Rights, kind: AccessKind) -> Option<Leaf> {
+        let slot = self.state.slots.usable(gfn)?;
+        if !slot.memory.flags.is_empty() {
+            return None;
+        }
+        let frame = self.frame_in(slot, gfn)?;
+        let mut granted = rights;
+        if rights.contains(Rights::WRITE) && slot.has_tables_near(gfn) && self.is_tracked(gfn) {
+            granted -= Rights::WRITE;
+        }
+        if kind == AccessKind::Write && !granted.contains(Rights::WRITE) {
+            return None;
+        }
+        Some(Leaf {
+            gfn,
+            frame,
+            rights,
+            granted,
+        })
+    }
+
+    /// Answers an access to a page of which an earlier fault found that it has no memory.
+    fn known_mmio(
+        &mut self,
+        paging: &GuestPaging,
+        end: &End,
+        gva: Gva,
+        attempt: Attempt,
+    ) -> Option<FaultOutcome> {
+        let Target::Leaf { gfn, .. } = self.target(end.page, end.index, end.spte) else {
+            return None;
+        };
+        let (generation, rights) = end.spte.as_mmio()?;
+        // Keys and write-enabled pages are left to the whole walk.
+        if generation != self.state.mmio_generation
+            || paging.protection_keys
+            || (attempt.kind == AccessKind::Write && !rights.contains(Rights::WRITE))
+            || (!paging.write_protect && !rights.contains(Rights::USER))
+            || paging.forbids(attempt, rights, 0).is_some()
+        {
+            return None;
+        }
+        self.state.counters.pf_mmio_fast += 1;
+        Some(FaultOutcome::Mmio {
+            gpa: Gpa::new(gfn.base().as_u64() | gva.page_offset()),
+            access: attempt.kind,
+            target: MmioTarget::NoSlot,
+        })
+    }
+}
