@@ -8,22 +8,39 @@
 
 use crate::fault::{FaultOutcome, MmioTarget};
 use crate::host::Host;
-use crate::level::Level;
-use crate::page::{ActivePage, PageId};
+use crate::level::{ENTRIES, Level};
+use crate::page::{PageId, ShadowPage};
 use crate::registers::{AccessKind, Attempt, Fault, GuestPaging, Rights};
 use crate::role::{EntryFormat, bits};
 use crate::spte::Spte;
 use crate::state::{Core, Leaf, Target};
-use umbra_vcpu::address::{Gfn, Gpa, Gva};
+use umbra_vcpu::address::{Gfn, Gpa, Gva, Pfn};
 
 /// Where the hardware's walk ends.
 struct End {
     page: PageId,
-    level: Level,
     index: usize,
     spte: Spte,
+    /// Whether that is the level of 4 KiB pages.
+    last: bool,
     /// Whether all links on the way are what the guest's tables ask for now.
     synced: bool,
+}
+
+/// What the guest's last entry says.
+struct Translation {
+    gfn: Gfn,
+    rights: Rights,
+    /// The accessed and dirty bits that the access sets.
+    mark: Option<Mark>,
+}
+
+/// A change of a guest entry.
+struct Mark {
+    memory: Pfn,
+    offset: usize,
+    old: u64,
+    new: u64,
 }
 
 impl<H: Host> Core<'_, H> {
@@ -32,14 +49,14 @@ impl<H: Host> Core<'_, H> {
     pub fn handle_fault_fast(
         &mut self,
         paging: &GuestPaging,
-        root: ActivePage,
+        root: PageId,
         fault: &Fault,
     ) -> Option<FaultOutcome> {
         let attempt = Attempt::of_fault(fault);
         let gva = paging.linear(fault.gva);
         let end = self.hardware_walk(root, gva);
         if end.spte.is_empty() {
-            if end.level != Level::One || !end.synced {
+            if !end.last || !end.synced {
                 return None;
             }
             self.fill_last(paging, &end, gva, attempt)?;
@@ -53,29 +70,30 @@ impl<H: Host> Core<'_, H> {
 
     /// Follows the links from `root` on, as the hardware did.
     #[inline]
-    fn hardware_walk(&mut self, root: ActivePage, gva: Gva) -> End {
-        let (mut page, mut synced) = (root.id(), true);
-        let mut level = self.state.pages[page].role.level;
+    fn hardware_walk(&mut self, root: PageId, gva: Gva) -> End {
+        let (mut page, mut synced) = (root, true);
+        let mut below = self.state.pages[page].role.level.number() - 1;
+        let last_index = gva.as_u64() >> 12;
         loop {
             let shadow = &mut self.state.pages[page];
             shadow.write_flooding = 0;
-            let index = level.index(gva);
+            let index = (last_index >> (9 * below)) as usize % ENTRIES;
             let spte = Spte(self.host.load(shadow.frame, index));
-            if let Some(below) = level.below()
-                && let Some(translations) = &shadow.translations
+            if below > 0
                 && spte.is_present()
                 && !spte.is_large()
+                && let Some(translations) = &shadow.translations
             {
                 synced &= !shadow.unsync;
                 page = PageId::from_number(translations[index] as u32);
-                level = below;
+                below -= 1;
                 continue;
             }
             return End {
                 page,
-                level,
                 index,
                 spte,
+                last: below == 0,
                 synced,
             };
         }
@@ -92,65 +110,88 @@ impl<H: Host> Core<'_, H> {
     ) -> Option<()> {
         let page = self.state.pages.active(end.page)?;
         let shadow = &self.state.pages[end.page];
-        if shadow.role.is_direct() {
-            let (gfn, rights) = (shadow.gfn.offset(end.index as u64), shadow.role.rights);
-            let leaf = self.direct_leaf(paging, gfn, rights, attempt)?;
-            self.map_empty(page, end.index, Level::One, &leaf);
-            return Some(());
-        }
-        let (table, above) = (shadow.gfn, shadow.role.rights);
-        let format = EntryFormat::of(paging);
-        let offset = format.offset(Level::One, gva);
-        let slot = self.state.slots.usable(table)?;
-        let memory = self.frame_in(slot, table)?;
-        let markable = slot.memory.flags.is_empty();
-        let value = self.load_guest(format.format, memory, offset);
-        if value & bits::PRESENT == 0 || value & format.suspicious(self.config.features) != 0 {
-            return None;
-        }
-        let rights = above & format.rights(value);
-        if paging.forbids(attempt, rights, format.key(value)).is_some() {
-            return None;
-        }
-        let marked = value
-            | match attempt.kind {
-                AccessKind::Write => bits::ACCESSED | bits::DIRTY,
-                AccessKind::Read | AccessKind::Execute => bits::ACCESSED,
-            };
-        let rights = format.leaf_rights(rights, marked);
-        let leaf = self.leaf_to(format.table(value), rights, attempt.kind)?;
-        if marked != value {
-            if !markable {
-                return None;
-            }
-            self.exchange_guest(format.format, memory, offset, value, marked)
+        let direct = shadow.role.is_direct();
+        let found = if direct {
+            self.direct_translation(paging, shadow, end.index, attempt)?
+        } else {
+            self.last_translation(paging, shadow, gva, attempt)?
+        };
+        let leaf = self.leaf_to(found.gfn, found.rights, attempt.kind)?;
+        if let Some(mark) = found.mark {
+            self.exchange_guest(paging.format, mark.memory, mark.offset, mark.old, mark.new)
                 .ok()?;
         }
         self.map_empty(page, end.index, Level::One, &leaf);
-        if self.config.prefetch > 1 {
+        if self.config.prefetch > 1 && !direct {
             self.prefetch(page, end.index);
         }
         Some(())
     }
 
-    /// The same in a page that maps a piece of a large guest page or of unpaged memory.
-    fn direct_leaf(
+    /// Reads the guest's entry behind a level-1 page.
+    #[inline]
+    fn last_translation(
         &self,
         paging: &GuestPaging,
-        gfn: Gfn,
-        rights: Rights,
+        shadow: &ShadowPage,
+        gva: Gva,
         attempt: Attempt,
-    ) -> Option<Leaf> {
+    ) -> Option<Translation> {
+        let format = EntryFormat::of(paging);
+        let offset = format.offset(Level::One, gva);
+        let slot = self.state.slots.usable(shadow.gfn)?;
+        let memory = self.frame_in(slot, shadow.gfn)?;
+        let old = self.load_guest(paging.format, memory, offset);
+        if old & bits::PRESENT == 0 || old & format.suspicious(self.config.features) != 0 {
+            return None;
+        }
+        let rights = shadow.role.rights & format.rights(old);
+        if paging.forbids(attempt, rights, format.key(old)).is_some() {
+            return None;
+        }
+        let marks = match attempt.kind {
+            AccessKind::Write => bits::ACCESSED | bits::DIRTY,
+            AccessKind::Read | AccessKind::Execute => bits::ACCESSED,
+        };
+        let new = old | marks;
+        // A logged or read-only table takes the long way.
+        if new != old && !slot.memory.flags.is_empty() {
+            return None;
+        }
+        Some(Translation {
+            gfn: format.table(old),
+            rights: format.leaf_rights(rights, new),
+            mark: (new != old).then_some(Mark {
+                memory,
+                offset,
+                old,
+                new,
+            }),
+        })
+    }
+
+    /// The same in a page that maps a piece of a large guest page or of unpaged memory.
+    fn direct_translation(
+        &self,
+        paging: &GuestPaging,
+        shadow: &ShadowPage,
+        index: usize,
+        attempt: Attempt,
+    ) -> Option<Translation> {
+        let (gfn, rights) = (shadow.gfn.offset(index as u64), shadow.role.rights);
         // The page's rights may be narrower than the guest's own: by a key, or because a supervisor
         // wrote with CR0.WP clear.
         let exact =
             !paging.protection_keys && (paging.write_protect || rights.contains(Rights::USER));
         let slot = self.state.slots.usable(gfn)?;
+        // Where a large mapping has become possible, the whole walk makes it.
         let smallest = self.config.largest_mapping == Level::One || slot.has_tables_near(gfn);
-        if !exact || !smallest || paging.forbids(attempt, rights, 0).is_some() {
-            return None;
-        }
-        self.leaf_to(gfn, rights, attempt.kind)
+        let plain = exact && smallest && paging.forbids(attempt, rights, 0).is_none();
+        plain.then_some(Translation {
+            gfn,
+            rights,
+            mark: None,
+        })
     }
 
     /// A mapping of `gfn`, if it is ordinary memory that lets `kind` through at once.

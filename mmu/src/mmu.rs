@@ -23,7 +23,7 @@ use crate::registers::{
 };
 use crate::rmap::RmapNodes;
 use crate::role::{EntryFormat, bits};
-use crate::root::{MAXIMUM_PREVIOUS, ROOT_PAGES, RootKey, VcpuRoots};
+use crate::root::{MAXIMUM_PREVIOUS, ROOT_PAGES, RootKey, VcpuRoots, first_index};
 use crate::slot::{MemorySlot, Slot, SlotError, SlotFlags, Slots};
 use crate::state::{CACHED, Caches, Core, State, Target};
 use crate::statistics::{Counters, Statistics};
@@ -529,8 +529,12 @@ impl<H: Host> Mmu<H> {
         if state.nodes.available() < FAULT.entries {
             return None;
         }
+        // Whatever invalidates a root in use counts an epoch while it holds the lock.
+        if vcpu.root_epoch != Some(self.root_epoch.load(Ordering::Acquire)) {
+            return None;
+        }
         let mut core = self.core(&mut state);
-        let root = core.root_page(vcpu.index, &vcpu.root_key, fault.gva)?;
+        let root = core.current_page(vcpu.index, vcpu.paging.format, fault.gva)?;
         let outcome = core.handle_fault_fast(&vcpu.paging, root, fault)?;
         let counters = &mut core.state.counters;
         counters.pf_taken += 1;
@@ -754,12 +758,7 @@ impl<H: Host> Core<'_, H> {
         };
         let (current, previous) = (roots.current, roots.previous);
         for root in current.iter().chain(previous.iter().flatten()) {
-            let long = root.key.role.format.is_long();
-            let index = if long {
-                0
-            } else {
-                (gva.as_u64() >> 30 & 3) as usize
-            };
+            let index = first_index(root.key.role.format, gva);
             let Some(mut page) = root.pages[index].and_then(|id| self.state.pages.active(id))
             else {
                 continue;

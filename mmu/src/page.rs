@@ -25,12 +25,14 @@ pub(crate) struct PageId(NonZeroU32);
 pub(crate) const MAXIMUM_PAGES: usize = (1 << 22) - 2;
 
 impl PageId {
+    #[inline]
     pub const fn number(self) -> u32 {
         self.0.get()
     }
 
     /// # Panics
     /// On 0, which no page and no entry's reference ever has.
+    #[inline]
     pub const fn from_number(number: u32) -> Self {
         Self(NonZeroU32::new(number).expect("shadow page 0 does not exist"))
     }

@@ -252,6 +252,7 @@ impl Format {
         }
     }
 
+    #[inline]
     pub const fn is_long(self) -> bool {
         matches!(self, Self::Long4 | Self::Long5)
     }
@@ -353,6 +354,7 @@ impl GuestPaging {
     }
 
     /// Whether a page with these rights and key forbids `attempt`: the cause for the error code.
+    #[inline]
     pub fn forbids(&self, attempt: Attempt, rights: Rights, key: u8) -> Option<PageFaultErrorCode> {
         let user_page = rights.contains(Rights::USER);
         let by_mode = match (attempt.kind, attempt.user) {

@@ -50,6 +50,16 @@ pub(crate) struct VcpuRoots {
     pub pointers: Hpa,
 }
 
+/// Which of a root's pages translates `gva`.
+#[inline]
+pub(crate) const fn first_index(format: Format, gva: Gva) -> usize {
+    if format.is_long() {
+        0
+    } else {
+        (gva.as_u64() >> 30 & 3) as usize
+    }
+}
+
 /// Pages that loading a root can need.
 pub(crate) const ROOT_PAGES: usize = 4;
 
@@ -68,17 +78,20 @@ impl<H: Host> Core<'_, H> {
             .expect("a virtual CPU outlives its MMU's use of it")
     }
 
+    /// The page that the hardware reads first for `gva`, where the current root is known to be good.
+    #[inline]
+    pub fn current_page(&self, vcpu: usize, format: Format, gva: Gva) -> Option<PageId> {
+        let root = self.state.vcpus[vcpu].as_ref()?.current.as_ref()?;
+        root.pages[first_index(format, gva)]
+    }
+
     /// The page that the hardware reads first for `gva`, if the root is usable.
     pub fn root_page(&self, vcpu: usize, key: &RootKey, gva: Gva) -> Option<ActivePage> {
         let root = self.state.vcpus[vcpu].as_ref()?.current.as_ref()?;
         if root.key != *key {
             return None;
         }
-        let index = if key.role.format.is_long() {
-            0
-        } else {
-            (gva.as_u64() >> 30 & 3) as usize
-        };
+        let index = first_index(key.role.format, gva);
         let page = self.state.pages.active(root.pages[index]?)?;
         (self.state.pages[page.id()].generation == self.state.generation).then_some(page)
     }
