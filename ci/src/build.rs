@@ -11,9 +11,9 @@ use anyhow::{Context, Result};
 use serde::Deserialize;
 
 use crate::command::Step;
-use crate::input::BadInput;
+use crate::guest::{self, Guest, Source};
 use crate::kernel;
-use crate::keys;
+use crate::linux;
 use crate::project::{Project, write_if_changed};
 use crate::setup;
 use crate::toolchain::Toolchain;
@@ -51,27 +51,13 @@ impl fmt::Display for Application {
     }
 }
 
-/// One of our own guests, as `images/guests/guests.toml` lists it.
-#[derive(Clone, Debug, Deserialize)]
-pub struct Guest {
-    /// Its name, which is also its binary's.
-    pub name: String,
-    /// The Rust target that it is built for.
-    pub target: String,
-    /// Umbra's exit code when it has run.
-    pub expect_exit_code: u8,
-    /// What it prints, in this order.
-    pub console: Vec<String>,
-    /// Its command line.
-    pub command_line: Option<String>,
-    /// Whether it takes so long that it only runs when asked for.
-    #[serde(default)]
-    pub long: bool,
-}
-
-#[derive(Deserialize)]
-struct GuestList {
-    guest: Vec<Guest>,
+/// The files that a guest is made of.
+#[derive(Clone, Debug)]
+pub struct GuestFiles {
+    /// The kernel image.
+    pub image: PathBuf,
+    /// The initial RAM disk or first module.
+    pub initrd: Option<PathBuf>,
 }
 
 /// Everything that builds need.
@@ -90,7 +76,7 @@ impl<'a> Builder<'a> {
         setup::install(&setup::for_building())?;
         let toolchain = Toolchain::set_up(project)?;
         kernel::set_up(project, &toolchain)?;
-        let guests = guests(project)?;
+        let guests = guest::own(project)?;
         let builder = Self {
             project,
             toolchain,
@@ -100,17 +86,30 @@ impl<'a> Builder<'a> {
         Ok(builder)
     }
 
-    /// The file of the guest that the user calls `name`: one of our own, or any file.
+    /// The files of a guest, built or downloaded where that is needed.
     ///
     /// # Errors
-    /// When there is neither such a guest nor such a file.
-    pub fn guest(&self, name: &str) -> Result<PathBuf> {
-        match find_guest(&self.guests, name)? {
-            Some(guest) => Ok(self.binary(&guest.target, &guest.name)),
-            None => Path::new(name)
-                .canonicalize()
-                .with_context(|| format!("cannot open {name}")),
-        }
+    /// When they cannot be.
+    pub fn guest_files(&self, source: &Source) -> Result<GuestFiles> {
+        let (image, initrd) = match source {
+            Source::Own(guest) => (self.own_guest(guest), None),
+            Source::Linux => {
+                let linux = linux::set_up(self.project)?;
+                (linux.kernel, Some(linux.initrd))
+            }
+            Source::File(path) => (path.clone(), None),
+        };
+        Ok(GuestFiles { image, initrd })
+    }
+
+    fn own_guest(&self, guest: &Guest) -> PathBuf {
+        self.binary(&guest.target, &guest.name)
+    }
+
+    fn default_guest(&self) -> Result<PathBuf> {
+        let guest = self.guests.iter().find(|guest| guest.name == DEFAULT_GUEST);
+        let guest = guest.with_context(|| format!("there is no guest {DEFAULT_GUEST}"))?;
+        Ok(self.own_guest(guest))
     }
 
     /// Builds an application as a Hermit ELF, and returns its path.
@@ -121,7 +120,7 @@ impl<'a> Builder<'a> {
         let binary = application.binary();
         let mut command = self.cargo("app");
         command.args(["--bin", binary]);
-        command.env("UMBRA_DEFAULT_GUEST", self.guest(DEFAULT_GUEST)?);
+        command.env("UMBRA_DEFAULT_GUEST", self.default_guest()?);
         Step::new(&format!("building {binary}")).run(&mut command)?;
         let mut elf = read(&self.binary(BARE_METAL, binary))?;
         elf[ELF_OS_ABI] = ELF_OS_ABI_STANDALONE;
@@ -194,52 +193,6 @@ impl<'a> Builder<'a> {
     }
 }
 
-/// Finds a guest by what the user calls it: one of our own, or none of them for a file.
-///
-/// # Errors
-/// When there is neither such a guest nor such a file.
-pub fn find_guest<'a>(guests: &'a [Guest], name: &str) -> Result<Option<&'a Guest>> {
-    if let Some(guest) = guests.iter().find(|guest| guest.name == name) {
-        return Ok(Some(guest));
-    }
-    if Path::new(name).is_file() {
-        return Ok(None);
-    }
-    let hint = keys::suggestion(name, guests.iter().map(|guest| guest.name.as_str()));
-    let reason = "neither a file nor one of Umbra's own guests";
-    Err(BadInput(format!("guest {name}: {reason}; {hint}")).into())
-}
-
-/// Reads the list of our own guests.
-///
-/// # Errors
-/// When it cannot be read.
-pub fn guests(project: &Project) -> Result<Vec<Guest>> {
-    let path = project.root().join("images/guests/guests.toml");
-    let text =
-        fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
-    let list: GuestList = toml::from_str(&text).with_context(|| path.display().to_string())?;
-    Ok(list.guest)
-}
-
 fn read(path: &Path) -> Result<Vec<u8>> {
     fs::read(path).with_context(|| format!("cannot read {}", path.display()))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn guests_are_found_by_name_or_file() {
-        let guests = guests(&Project::find()).unwrap();
-        let name = |typed| find_guest(&guests, typed).map(|guest| guest.map(|guest| &guest.name));
-        assert_eq!(name("hello").unwrap().unwrap(), "hello");
-        assert_eq!(
-            name(concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml")).unwrap(),
-            None
-        );
-        let error = name("helo").unwrap_err();
-        assert!(error.is::<BadInput>() && error.to_string().contains("did you mean `hello`?"));
-    }
 }

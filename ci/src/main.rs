@@ -6,12 +6,14 @@ mod archive;
 mod build;
 mod command;
 mod doctor;
+mod guest;
 mod image;
 mod input;
 mod iso;
 mod kernel;
 mod keys;
 mod kvm;
+mod linux;
 mod platform;
 mod project;
 mod report;
@@ -20,6 +22,7 @@ mod scenario;
 mod setup;
 mod test;
 mod toolchain;
+mod typing;
 
 use std::process::ExitCode;
 

@@ -8,12 +8,14 @@ use clap::Args;
 use umbra_report::options::{self, Request};
 
 use crate::archive;
-use crate::build::{self, Application, Builder};
+use crate::build::{Application, Builder};
+use crate::guest::{self, Source};
 use crate::input::BadInput;
 use crate::platform::{Boot, Console, Platform, Show};
 use crate::project::Project;
 use crate::report;
 use crate::setup;
+use crate::typing::Input;
 
 /// What Umbra, Hermit and the boot stub need besides the guest's memory, in MiB.
 const HOST_MEMORY_MIB: u64 = 192;
@@ -24,7 +26,8 @@ pub struct Options {
     /// Where to boot
     #[arg(long, value_name = "NAME", default_value = "qemu")]
     on: Platform,
-    /// One of Umbra's own guests by name, or a Multiboot1 or PVH image by path [default: hello]
+    /// One of Umbra's own guests by name, `linux` (Debian's kernel with a shell), or a guest image by
+    /// path [default: hello]
     #[arg(long, value_name = "FILE|NAME")]
     guest: Option<String>,
     /// A file to pass to the guest as its initrd or first module
@@ -33,7 +36,7 @@ pub struct Options {
     /// The guest's command line
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     append: Option<String>,
-    /// The guest's memory, as in 64M or 1G [default: 64M]
+    /// The guest's memory, as in 64M or 1G [default: 64M; 128M for linux]
     #[arg(long, value_name = "SIZE")]
     memory: Option<String>,
     /// The most shadow pages that the guest may use [default: 1/50 of its pages]
@@ -49,44 +52,36 @@ pub struct Options {
 /// # Errors
 /// When an option is bad, or something cannot be set up or built.
 pub fn run(project: &Project, options: &Options) -> Result<u8> {
-    let mut arguments = Vec::new();
-    if let Some(guest) = &options.guest {
-        arguments.extend(["--guest".to_owned(), guest_name(guest)]);
-    }
-    let append = options
-        .append
-        .as_ref()
-        .map(|text| format!("--append={text}"));
-    arguments.extend(append);
-    for (name, value) in [
-        ("--memory", &options.memory),
-        ("--mmu-pages", &options.mmu_pages),
-    ] {
-        if let Some(value) = value {
-            arguments.extend([name.to_owned(), value.clone()]);
-        }
-    }
-    if let Some(guest) = &options.guest {
-        build::find_guest(&build::guests(project)?, guest)?;
-    }
+    let source = options
+        .guest
+        .as_deref()
+        .map(|name| Source::find(&guest::own(project)?, name))
+        .transpose()?;
+    let arguments = arguments(options, source.as_ref());
     // Bad values are better refused here than after a boot.
-    let memory_mib = host_memory_mib(&arguments)?;
+    let mut memory_mib = host_memory_mib(&arguments)?;
     let initrd = options.initrd.as_deref().map(read).transpose()?;
 
     setup::install(&options.on.needs())?;
     let builder = Builder::new(project)?;
-    let guest = options
-        .guest
-        .as_deref()
-        .map(|name| builder.guest(name))
+    let files = source
+        .as_ref()
+        .map(|source| builder.guest_files(source))
         .transpose()?;
     let image = builder.boot_elf(Application::Umbra)?;
     let work = project.target("runs")?.join(format!("run-{}", options.on));
     fs::create_dir_all(&work)?;
-    let archive = match guest {
-        Some(guest) => {
+    let archive = match files {
+        Some(files) => {
             let path = work.join("guest.tar");
-            fs::write(&path, archive::guest(&read(&guest)?, initrd.as_deref())?)?;
+            let initrd = match (initrd, files.initrd) {
+                (Some(initrd), _) => Some(initrd),
+                (None, Some(path)) => Some(read(&path)?),
+                (None, None) => None,
+            };
+            let archive = archive::guest(&read(&files.image)?, initrd.as_deref())?;
+            memory_mib += archive_memory_mib(&archive);
+            fs::write(&path, archive)?;
             Some(path)
         }
         None => None,
@@ -98,6 +93,7 @@ pub fn run(project: &Project, options: &Options) -> Result<u8> {
         arguments: &arguments,
         archive: archive.as_deref(),
         memory_mib,
+        input: Input::User,
         limit: None,
         work: &work,
     };
@@ -116,12 +112,31 @@ pub fn run(project: &Project, options: &Options) -> Result<u8> {
     Ok(result.code)
 }
 
-/// What Umbra calls a guest: a file's name without its directory.
-pub fn guest_name(guest: &str) -> String {
-    let name = Path::new(guest)
-        .file_name()
-        .map(|name| name.to_string_lossy().into_owned());
-    name.unwrap_or_else(|| guest.to_owned())
+/// Umbra's arguments.
+fn arguments(options: &Options, source: Option<&Source>) -> Vec<String> {
+    let append = options.append.as_deref();
+    let memory = options.memory.as_deref();
+    let values = [
+        ("--guest", options.guest.as_deref().map(guest::display_name)),
+        (
+            "--append",
+            match source {
+                Some(source) => source.command_line(append),
+                None => append.map(str::to_owned),
+            },
+        ),
+        (
+            "--memory",
+            memory
+                .or(source.and_then(Source::memory))
+                .map(str::to_owned),
+        ),
+        ("--mmu-pages", options.mmu_pages.clone()),
+    ];
+    let given = values.into_iter();
+    given
+        .filter_map(|(option, value)| Some(format!("{option}={}", value?)))
+        .collect()
 }
 
 /// Checks Umbra's arguments as Umbra itself does, and returns the memory of the machine that it needs
@@ -139,6 +154,12 @@ pub fn host_memory_mib(arguments: &[String]) -> Result<u64> {
     Ok(guest.div_ceil(1 << 20) + HOST_MEMORY_MIB)
 }
 
+/// The memory that the machine needs besides, in MiB: the boot loader keeps the archive in it while
+/// Umbra copies out of it.
+pub fn archive_memory_mib(archive: &[u8]) -> u64 {
+    (archive.len() as u64).div_ceil(1 << 20)
+}
+
 fn read(path: &Path) -> Result<Vec<u8>> {
     fs::read(path).with_context(|| format!("cannot read {}", path.display()))
 }
@@ -146,12 +167,6 @@ fn read(path: &Path) -> Result<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn guests_are_named_after_their_files() {
-        assert_eq!(guest_name("hello"), "hello");
-        assert_eq!(guest_name("/some/where/kernel.elf"), "kernel.elf");
-    }
 
     #[test]
     fn the_machine_has_room_for_the_guest() {

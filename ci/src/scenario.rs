@@ -12,12 +12,14 @@ use anyhow::{Context, Result};
 use serde::Deserialize;
 use umbra_report::{ExitCode, Outcome, Report};
 
-use crate::build::{self, Application, Guest};
+use crate::build::Application;
+use crate::guest::{self, Guest, Source};
 use crate::input::BadInput;
 use crate::keys::{self, Keys, LEAF};
 use crate::platform::Platform;
 use crate::project::Project;
 use crate::report;
+use crate::typing::{Input, Line};
 
 /// What a scenario file holds. Everything but `exit_code` may be left out.
 #[derive(Clone, Debug, Deserialize)]
@@ -35,8 +37,12 @@ pub struct Scenario {
     /// The Hermit application that is booted.
     #[serde(default)]
     pub application: Application,
-    /// One of our own guests by name, or a file by its path relative to the scenario's.
-    pub guest: Option<String>,
+    /// One of the guests that this tool knows by name, or a file by its path relative to the
+    /// scenario's.
+    guest: Option<String>,
+    /// Where that guest comes from.
+    #[serde(skip)]
+    pub source: Option<Source>,
     /// Only so many bytes of the guest are passed on.
     pub truncate_guest: Option<usize>,
     /// The guest's first module, by its path relative to the scenario's.
@@ -57,6 +63,9 @@ pub struct Scenario {
     /// Whether it takes so long that it only runs when asked for.
     #[serde(default)]
     pub long: bool,
+    /// What is typed at the console, each line once its turn has come.
+    #[serde(default)]
+    input: Vec<Line>,
     /// After how many seconds of wall time the machine is killed.
     #[serde(default = "two_minutes")]
     limit: u64,
@@ -90,6 +99,7 @@ const KEYS: Keys = Keys(&[
     ("watchdog", LEAF),
     ("arguments", LEAF),
     ("long", LEAF),
+    ("input", LEAF),
     ("limit", LEAF),
     ("exit_code", LEAF),
     ("console", LEAF),
@@ -137,7 +147,11 @@ impl Scenario {
     /// The first mistake in any file.
     pub fn all(project: &Project) -> Result<Vec<Self>> {
         let mut scenarios = Self::read_all(&project.root().join("ci/scenarios"))?;
-        for guest in build::guests(project)? {
+        let guests = guest::own(project)?;
+        for scenario in &mut scenarios {
+            scenario.find_guest(&guests)?;
+        }
+        for guest in guests {
             if !scenarios.iter().any(|scenario| scenario.name == guest.name) {
                 scenarios.push(Self::of_guest(guest));
             }
@@ -152,10 +166,10 @@ impl Scenario {
             about: None,
             platforms: everywhere(),
             application: Application::Umbra,
-            guest: Some(guest.name),
+            guest: Some(guest.name.clone()),
             truncate_guest: None,
             initrd: None,
-            append: guest.command_line,
+            append: guest.command_line.clone(),
             memory: None,
             machine_memory_mib: None,
             mmu_pages: None,
@@ -165,7 +179,9 @@ impl Scenario {
             long: guest.long,
             limit: two_minutes(),
             exit_code: guest.expect_exit_code,
-            console: guest.console,
+            console: guest.console.clone(),
+            input: Vec::new(),
+            source: Some(Source::Own(guest)),
             forbid: Vec::new(),
             report: BTreeMap::new(),
             directory: PathBuf::new(),
@@ -223,13 +239,27 @@ impl Scenario {
         Ok(scenario)
     }
 
+    /// Finds out where the guest comes from.
+    fn find_guest(&mut self, guests: &[Guest]) -> Result<()> {
+        let Some(name) = &self.guest else {
+            return Ok(());
+        };
+        let file = self.directory.join(name);
+        self.source = Some(if file.is_file() {
+            Source::File(file)
+        } else {
+            Source::find(guests, name).with_context(|| format!("scenario {}", self.name))?
+        });
+        Ok(())
+    }
+
     /// Umbra's arguments.
     pub fn umbra_arguments(&self) -> Vec<String> {
-        let name = self.guest.as_deref().map(crate::run::guest_name);
+        let name = self.guest.as_deref().map(guest::display_name);
         let options = [
             ("--guest", name),
-            ("--append", self.append.clone()),
-            ("--memory", self.memory.clone()),
+            ("--append", self.command_line()),
+            ("--memory", self.memory().map(str::to_owned)),
             ("--mmu-pages", self.mmu_pages.map(|pages| pages.to_string())),
             (
                 "--timeout",
@@ -244,10 +274,25 @@ impl Scenario {
 
     /// Umbra's arguments that the scenario's own fields stand for, without the unchecked ones.
     pub fn memory_arguments(&self) -> Vec<String> {
-        self.memory
-            .iter()
-            .map(|memory| format!("--memory={memory}"))
-            .collect()
+        let memory = self.memory().into_iter();
+        memory.map(|memory| format!("--memory={memory}")).collect()
+    }
+
+    fn memory(&self) -> Option<&str> {
+        let own = self.source.as_ref().and_then(Source::memory);
+        self.memory.as_deref().or(own)
+    }
+
+    fn command_line(&self) -> Option<String> {
+        match &self.source {
+            Some(source) => source.command_line(self.append.as_deref()),
+            None => self.append.clone(),
+        }
+    }
+
+    /// What is typed at the console.
+    pub fn input(&self) -> Input<'_> {
+        Input::Script(&self.input)
     }
 
     /// When the machine is killed.

@@ -1,6 +1,6 @@
 //! `cargo xtask test`: the host tests, then every scenario on each of its platforms.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::env;
 use std::ffi::OsString;
 use std::fs;
@@ -14,14 +14,14 @@ use anyhow::{Context, Result};
 use clap::Args;
 
 use crate::archive;
-use crate::build::{Application, Builder};
+use crate::build::{Application, Builder, GuestFiles};
 use crate::command::Step;
 use crate::input::BadInput;
 use crate::keys;
 use crate::platform::{Boot, Console, Platform, Show};
 use crate::project::Project;
 use crate::report;
-use crate::run::host_memory_mib;
+use crate::run::{archive_memory_mib, host_memory_mib};
 use crate::scenario::Scenario;
 use crate::setup;
 
@@ -263,14 +263,14 @@ fn count_host_tests(output: &str) -> Count {
 }
 
 /// What every job boots: built once, before the first machine starts.
-struct Images<'a> {
-    builder: Builder<'a>,
+struct Images {
+    guests: BTreeMap<String, GuestFiles>,
     umbra: Option<PathBuf>,
     low_memory_callback: Option<PathBuf>,
 }
 
-impl<'a> Images<'a> {
-    fn build(project: &'a Project, jobs: &[Job]) -> Result<Self> {
+impl Images {
+    fn build(project: &Project, jobs: &[Job]) -> Result<Self> {
         let needs: Vec<_> = Platform::ALL
             .into_iter()
             .filter(|platform| jobs.iter().any(|job| job.platform == *platform))
@@ -286,8 +286,16 @@ impl<'a> Images<'a> {
         };
         let umbra = build(Application::Umbra)?;
         let low_memory_callback = build(Application::LowMemoryCallback)?;
+        let mut guests = BTreeMap::new();
+        for scenario in jobs.iter().map(|job| &job.scenario) {
+            if let Some(source) = &scenario.source
+                && !guests.contains_key(&scenario.name)
+            {
+                guests.insert(scenario.name.clone(), builder.guest_files(source)?);
+            }
+        }
         Ok(Self {
-            builder,
+            guests,
             umbra,
             low_memory_callback,
         })
@@ -325,7 +333,7 @@ fn run_jobs(project: &Project, jobs: Vec<Job>) -> Result<Count> {
     count.into_inner().context("a scenario's thread panicked")
 }
 
-fn run_job(project: &Project, images: &Images<'_>, job: &Job) -> Count {
+fn run_job(project: &Project, images: &Images, job: &Job) -> Count {
     let console = Console::new(Show::Nothing);
     let failures = match boot(project, images, job, &console) {
         Ok(failures) => failures,
@@ -353,26 +361,25 @@ fn run_job(project: &Project, images: &Images<'_>, job: &Job) -> Count {
 }
 
 /// Runs a scenario, and returns what is not as it should be.
-fn boot(
-    project: &Project,
-    images: &Images<'_>,
-    job: &Job,
-    console: &Console,
-) -> Result<Vec<String>> {
+fn boot(project: &Project, images: &Images, job: &Job, console: &Console) -> Result<Vec<String>> {
     let scenario = &job.scenario;
     let work = project
         .target("runs")?
         .join(format!("{}-{}", scenario.name, job.platform));
     fs::create_dir_all(&work)?;
     let archive = pack_guest(images, scenario, &work)?;
+    let memory_mib = if let Some(mib) = scenario.machine_memory_mib {
+        mib
+    } else {
+        let archive = archive.as_ref().map_or(0, |(_, mib)| *mib);
+        host_memory_mib(&scenario.memory_arguments())? + archive
+    };
     let boot = Boot {
         image: images.of(scenario.application)?,
         arguments: &scenario.umbra_arguments(),
-        archive: archive.as_deref(),
-        memory_mib: match scenario.machine_memory_mib {
-            Some(mib) => mib,
-            None => host_memory_mib(&scenario.memory_arguments())?,
-        },
+        archive: archive.as_ref().map(|(path, _)| path.as_path()),
+        memory_mib,
+        input: scenario.input(),
         limit: Some(scenario.limit()),
         work: &work,
     };
@@ -383,28 +390,24 @@ fn boot(
     Ok(scenario.failures(job.platform, &result, &text))
 }
 
-fn pack_guest(images: &Images<'_>, scenario: &Scenario, work: &Path) -> Result<Option<PathBuf>> {
-    let Some(name) = &scenario.guest else {
+/// Writes the guest's archive, and returns its path and the memory that it takes in MiB.
+fn pack_guest(images: &Images, scenario: &Scenario, work: &Path) -> Result<Option<(PathBuf, u64)>> {
+    let Some(files) = images.guests.get(&scenario.name) else {
         return Ok(None);
-    };
-    let file = scenario.path(Path::new(name));
-    let path = if file.is_file() {
-        file
-    } else {
-        images.builder.guest(name)?
     };
     let read =
         |path: &Path| fs::read(path).with_context(|| format!("cannot read {}", path.display()));
-    let mut guest = read(&path)?;
+    let mut guest = read(&files.image)?;
     guest.truncate(scenario.truncate_guest.unwrap_or(usize::MAX));
-    let initrd = scenario
-        .initrd
-        .as_deref()
-        .map(|initrd| read(&scenario.path(initrd)))
-        .transpose()?;
-    let archive = work.join("guest.tar");
-    fs::write(&archive, archive::guest(&guest, initrd.as_deref())?)?;
-    Ok(Some(archive))
+    let initrd = match (&scenario.initrd, &files.initrd) {
+        (Some(initrd), _) => Some(read(&scenario.path(initrd))?),
+        (None, Some(path)) => Some(read(path)?),
+        (None, None) => None,
+    };
+    let archive = archive::guest(&guest, initrd.as_deref())?;
+    let path = work.join("guest.tar");
+    fs::write(&path, &archive)?;
+    Ok(Some((path, archive_memory_mib(&archive))))
 }
 
 #[cfg(test)]

@@ -15,11 +15,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 
 use super::{Boot, Console, Ending};
-use crate::command::{clean, find_program, wait};
+use crate::command::{clean, find_program};
 use crate::iso;
 use crate::project::Project;
 use crate::report;
 use crate::setup::{BOCHS_BIOS, BOCHS_VGA_BIOS};
+use crate::typing::End;
 
 const CPU: &str = "corei7_ivy_bridge_3770k";
 /// Bochs's clock: its time-stamp counter counts instructions, whatever frequency its CPUID claims.
@@ -93,16 +94,21 @@ fn converse(
         thread::sleep(Duration::from_millis(5));
     };
     stream.set_nonblocking(false)?;
+    let keyboard = stream
+        .try_clone()
+        .context("cannot type at the serial console")?;
     let reader = thread::spawn({
         let console = console.clone();
         move || console.record(stream)
     });
-    let status = wait(child, boot.limit)?;
+    let typing = boot.input.start(keyboard, console);
+    let end = typing.wait(child, boot.limit)?;
     let _ = reader.join();
-    Ok(match (status, report::exit_status(&console.text())) {
-        (None, _) => Ending::too_long(boot.limit),
-        (Some(_), Some(code)) => Ending::Exit(code),
-        (Some(status), None) => Ending::Failed(format!(
+    Ok(match (end, report::exit_status(&console.text())) {
+        (End::Quit, _) => Ending::quit(),
+        (End::TooLong, _) => Ending::too_long(boot.limit),
+        (End::Exited(_), Some(code)) => Ending::Exit(code),
+        (End::Exited(status), None) => Ending::Failed(format!(
             "Bochs ended without an exit status of Umbra's ({status})\n{}",
             complaints(boot.work)
         )),

@@ -18,6 +18,7 @@ use umbra_report::Driver;
 
 use crate::project::Project;
 use crate::setup::{self, Need};
+use crate::typing::Input;
 
 /// A machine to boot on, by its name on the command line and in scenarios.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum, serde::Deserialize)]
@@ -80,6 +81,8 @@ pub struct Boot<'a> {
     pub archive: Option<&'a Path>,
     /// The emulated machine's memory in MiB: the guest's, and what Umbra and Hermit need.
     pub memory_mib: u64,
+    /// What is typed at the console.
+    pub input: Input<'a>,
     /// When to give up.
     pub limit: Option<Duration>,
     /// A directory for this boot's files.
@@ -99,6 +102,10 @@ impl Ending {
     fn too_long(limit: Option<Duration>) -> Self {
         let seconds = limit.unwrap_or_default().as_secs();
         Self::Failed(format!("still running after {seconds} s; killed"))
+    }
+
+    fn quit() -> Self {
+        Self::Failed("ended by Ctrl-A x".to_owned())
     }
 }
 
@@ -130,7 +137,7 @@ impl Console {
     }
 
     /// Reads a machine's serial output to its end.
-    fn record(&self, mut output: impl Read) {
+    pub fn record(&self, mut output: impl Read) {
         let mut buffer = [0; 4096];
         loop {
             let length = match output.read(&mut buffer) {
@@ -160,6 +167,19 @@ impl Console {
             .map(|bytes| bytes.clone())
             .unwrap_or_default();
         String::from_utf8_lossy(&recorded).replace('\r', "")
+    }
+
+    /// Where `text` ends among the bytes recorded from `position` on, if it is there.
+    pub fn find(&self, text: &str, position: usize) -> Option<usize> {
+        let recorded = self.recorded.lock().ok()?;
+        let rest = recorded.get(position..)?;
+        if text.is_empty() {
+            return Some(position);
+        }
+        let at = rest
+            .windows(text.len())
+            .position(|window| window == text.as_bytes())?;
+        Some(position + at + text.len())
     }
 
     /// How long ago the machine was started.

@@ -2,22 +2,23 @@
 //!
 //! Umbra ends by `isa-debug-exit`: writing `code` ends QEMU with `(code << 1) | 1`.
 
-use std::io::IsTerminal;
 use std::process::{Command, ExitStatus, Stdio};
 use std::thread;
 
 use anyhow::{Context, Result};
 
-use super::{Boot, Console, Ending, Show};
-use crate::command::{clean, wait};
+use super::{Boot, Console, Ending};
+use crate::command::clean;
+use crate::typing::End;
 
 pub(super) fn run(boot: &Boot<'_>, console: &Console) -> Result<Ending> {
     let mut command = command(boot);
-    command.stdout(Stdio::piped()).stderr(Stdio::piped());
-    if console.show == Show::Live && std::io::stdin().is_terminal() {
-        command.stdin(Stdio::inherit());
-    }
+    command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
     let mut child = command.spawn().context("cannot start qemu-system-x86_64")?;
+    let keyboard = child.stdin.take().context("QEMU has no input")?;
     let output = child.stdout.take().context("QEMU has no output")?;
     let complaints = child.stderr.take();
     let reader = thread::spawn({
@@ -25,7 +26,8 @@ pub(super) fn run(boot: &Boot<'_>, console: &Console) -> Result<Ending> {
         move || console.record(output)
     });
     let complaints = thread::spawn(move || complaints.map(std::io::read_to_string));
-    let status = wait(&mut child, boot.limit)?;
+    let typing = boot.input.start(keyboard, console);
+    let end = typing.wait(&mut child, boot.limit)?;
     let _ = reader.join();
     let complaints = complaints
         .join()
@@ -33,9 +35,10 @@ pub(super) fn run(boot: &Boot<'_>, console: &Console) -> Result<Ending> {
         .flatten()
         .and_then(Result::ok)
         .unwrap_or_default();
-    Ok(match status {
-        None => Ending::too_long(boot.limit),
-        Some(status) => match exit_code(status) {
+    Ok(match end {
+        End::Quit => Ending::quit(),
+        End::TooLong => Ending::too_long(boot.limit),
+        End::Exited(status) => match exit_code(status) {
             Some(code) => Ending::Exit(code),
             None => Ending::Failed(
                 format!("QEMU ended without an exit code of Umbra's ({status}) {complaints}")
