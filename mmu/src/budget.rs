@@ -1,6 +1,6 @@
 //! The count of shadow pages over all VMs, and its limit.
 
-use core::sync::atomic::{AtomicUsize, Ordering};
+use crate::lock::{AtomicUsize, Ordering};
 
 /// Shared by the MMUs of one pool. A page is counted from before it exists until its frame is free.
 #[derive(Debug)]
@@ -10,7 +10,7 @@ pub(crate) struct Budget {
 }
 
 impl Budget {
-    pub const fn new(limit: usize) -> Self {
+    pub fn new(limit: usize) -> Self {
         Self {
             used: AtomicUsize::new(0),
             limit: AtomicUsize::new(limit),

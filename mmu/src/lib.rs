@@ -173,6 +173,7 @@ mod fast;
 mod fault;
 mod host;
 mod level;
+mod lock;
 mod mmu;
 mod page;
 mod pool;

@@ -15,6 +15,7 @@ use crate::error::MmuError;
 use crate::fault::{FAULT_PAGES, FaultOutcome, Step};
 use crate::host::{Host, SlotId, Touch, Zone};
 use crate::level::{ENTRIES, Level};
+use crate::lock::{AtomicU64, Mutex, MutexGuard, Ordering};
 use crate::page::{MAXIMUM_PAGES, PageId, PageTable};
 use crate::pool::Members;
 use crate::registers::{
@@ -32,9 +33,7 @@ use crate::zap::Batch;
 use alloc::boxed::Box;
 use alloc::sync::{Arc, Weak};
 use alloc::vec::Vec;
-use core::sync::atomic::{AtomicU64, Ordering};
 use hashbrown::HashTable;
-use spin::{Mutex, MutexGuard};
 use umbra_vcpu::address::{Gfn, Gpa, Gva, Hpa};
 
 /// The shadow MMU of one VM, shared by its virtual CPUs.

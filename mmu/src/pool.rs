@@ -6,11 +6,10 @@
 use crate::budget::Budget;
 use crate::config::{MINIMUM_PAGES, MmuConfig};
 use crate::host::Host;
+use crate::lock::{AtomicUsize, Mutex, Ordering};
 use crate::mmu::Mmu;
 use alloc::sync::{Arc, Weak};
 use alloc::vec::Vec;
-use core::sync::atomic::{AtomicUsize, Ordering};
-use spin::Mutex;
 
 /// What a call of the shrinker got.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]

@@ -8,6 +8,7 @@ use crate::budget::Budget;
 use crate::config::MmuConfig;
 use crate::host::{Host, Touch};
 use crate::level::Level;
+use crate::lock::AtomicU64;
 use crate::page::{ActivePage, PageId, PageTable, Translations};
 use crate::registers::Rights;
 use crate::rmap::{RmapHead, RmapNodes, SpteRef};
@@ -16,7 +17,6 @@ use crate::slot::{MAPPING_LEVELS, Slot, Slots};
 use crate::spte::{Mapping, Spte};
 use crate::statistics::Counters;
 use alloc::vec::Vec;
-use core::sync::atomic::AtomicU64;
 use umbra_vcpu::address::{Gfn, Hpa, Pfn};
 
 /// What one guest access may need, allocated before the lock is taken.

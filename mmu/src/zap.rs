@@ -7,10 +7,10 @@
 
 use crate::host::Host;
 use crate::level::ENTRIES;
+use crate::lock::Ordering;
 use crate::page::{ActivePage, PageId, PageState};
 use crate::state::{CACHED, Core};
 use alloc::vec::Vec;
-use core::sync::atomic::Ordering;
 use umbra_vcpu::address::Gfn;
 
 /// Zapped pages that still have their frames. The pages themselves are the list.
