@@ -40,6 +40,7 @@
 //! virtual CPU of the VM ([`TlbFlush`]). Entries that only gain rights need none: a processor that
 //! still sees the old entry faults and comes back. A virtual CPU must look at its root
 //! ([`Mmu::prepare_entry`]) after it has seen the flush request and before it enters the guest.
+//! `mmu/interleavings` tries schedules of processors and host against these rules.
 //!
 //! # What no shadow entry can say
 //!
