@@ -21,7 +21,7 @@ use umbra_vcpu::{EntryFailure, Flush, TimeSlice, Vcpu};
 
 use crate::memory::GuestHost;
 use crate::paging::Paging;
-use crate::{control, mmio, platform, ports};
+use crate::{control, mmio, platform, ports, timestamp};
 
 /// The longest time that a guest runs without the loop looking at its clock, in microseconds.
 const TICK_MICROSECONDS: u64 = 10_000;
@@ -135,7 +135,7 @@ impl Guest {
         report.exhausted = end.exhausted;
         report.first_entry_tsc = start;
         report.tsc_ticks = ticks;
-        report.nanoseconds = Some(ticks.saturating_mul(1000) / platform::ticks_per_microsecond());
+        report.nanoseconds = Some(timestamp::nanoseconds_in_ticks(ticks));
         report.mmu = counters(self.paging.mmu());
         report.unknown_ports = self.machine.unknown_ports().total();
         report.unknown_msrs = self.machine.unknown_msrs().total();
@@ -145,7 +145,7 @@ impl Guest {
     /// Has the processor end the guest's turn too, where it can count: Bochs keeps the host's
     /// interrupts from a guest that is entered with its own disabled.
     fn begin_time_slice(&mut self) {
-        let ticks = TICK_MICROSECONDS.saturating_mul(platform::ticks_per_microsecond());
+        let ticks = platform::ticks_in_microseconds(TICK_MICROSECONDS);
         match self.vcpu.set_time_slice(Some(ticks)) {
             // The host's timer runs in any case.
             TimeSlice::Hardware | TimeSlice::HostTimer => {}

@@ -20,7 +20,7 @@ use crate::guest::{End, ExitCounts, Guest};
 use crate::memory::{GuestHost, LoaderRam, RamRange};
 use crate::paging::Paging;
 use crate::physical::HostAddressSpace;
-use crate::{archive, control, platform, pressure};
+use crate::{archive, control, platform, pressure, timestamp};
 
 /// Runs the guest that `options` ask for to its end.
 pub fn run_guest(options: &Options) -> Report {
@@ -92,10 +92,7 @@ fn prepare(name: &str, options: &Options) -> Result<Guest, End> {
 
     let cpuid = CpuidPolicy::new(&control::host_cpuid, &driver.limits());
     let mut machine = Machine::new(Configuration {
-        time_base: TimeBase::new(
-            platform::timestamp(),
-            platform::ticks_per_microsecond() * 1_000_000,
-        ),
+        time_base: TimeBase::new(platform::timestamp(), timestamp::frequency()),
         features: *cpuid.features(),
         console: Box::new(Console::default()),
     });
@@ -138,9 +135,8 @@ fn prepare(name: &str, options: &Options) -> Result<Guest, End> {
     let mut report = Report::new(name, Outcome::Failed, "");
     report.driver = Some(driver.kind());
     let deadline = options.timeout.map(|timeout| {
-        let ticks = timeout.as_micros() as u64;
-        platform::timestamp()
-            .saturating_add(ticks.saturating_mul(platform::ticks_per_microsecond()))
+        let ticks = platform::ticks_in_microseconds(timeout.as_micros() as u64);
+        platform::timestamp().saturating_add(ticks)
     });
     Ok(Guest {
         vcpu,

@@ -28,6 +28,8 @@ mod physical;
 mod platform;
 mod ports;
 mod pressure;
+#[allow(unsafe_code, reason = "measuring it needs ports")]
+mod timestamp;
 
 use core::ffi::c_char;
 
@@ -39,6 +41,7 @@ use umbra_report::{ExitCode, Outcome, Report};
 #[allow(unsafe_code, reason = "the kernel finds the function by its name")]
 #[unsafe(no_mangle)]
 extern "C" fn main(_argc: i32, _argv: *const *const c_char, _env: *const *const c_char) {
+    timestamp::calibrate();
     platform::exit(run());
 }
 

@@ -4,7 +4,6 @@
 
 use alloc::string::String;
 use alloc::vec::Vec;
-use core::arch::x86_64::_rdtsc;
 
 use umbra_report::ExitCode;
 
@@ -52,16 +51,7 @@ pub fn boot_modules() -> Vec<BootModule> {
         .collect()
 }
 
-/// The time-stamp counter of this core, in ticks.
-pub fn timestamp() -> u64 {
-    // SAFETY: ring 0 may always read the counter, and every 64-bit processor has one.
-    unsafe { _rdtsc() }
-}
-
-/// Ticks of the time-stamp counter in a microsecond.
-pub fn ticks_per_microsecond() -> u64 {
-    u64::from(hermit::time::frequency_mhz()).max(1)
-}
+pub use crate::timestamp::{now as timestamp, ticks_in_microseconds};
 
 /// The host's wall clock in seconds since 1970.
 pub fn unix_time() -> u64 {
