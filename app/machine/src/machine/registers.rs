@@ -15,11 +15,16 @@ impl Machine {
     /// The exception that the guest gets instead.
     pub fn read_msr(&mut self, number: u32, context: &MsrContext<'_>) -> Result<u64, Exception> {
         let result = match number {
-            index::TSC_DEADLINE if self.has_tsc_deadline() => Ok(self.local_apic.tsc_deadline()),
-            index::X2APIC_FIRST..=index::X2APIC_LAST if self.is_x2apic() => self
-                .local_apic
-                .read_msr((number - index::X2APIC_FIRST) as u16)
-                .map_err(|_| MsrAccess::Refused),
+            index::TSC_DEADLINE if self.has_tsc_deadline() => {
+                self.advance_to(context);
+                Ok(self.local_apic.tsc_deadline())
+            }
+            index::X2APIC_FIRST..=index::X2APIC_LAST if self.is_x2apic() => {
+                self.advance_to(context);
+                self.local_apic
+                    .read_msr((number - index::X2APIC_FIRST) as u16)
+                    .map_err(|_| MsrAccess::Refused)
+            }
             _ => self.msrs.read(number, context),
         };
         result.map_err(|error| self.msr_exception(number, error))
@@ -37,10 +42,12 @@ impl Machine {
     ) -> Result<MsrEffect, Exception> {
         let result = match number {
             index::TSC_DEADLINE if self.has_tsc_deadline() => {
+                self.advance_to(context);
                 self.arm_deadline(value, context.host_counter);
                 Ok(MsrEffect::None)
             }
             index::X2APIC_FIRST..=index::X2APIC_LAST if self.is_x2apic() => {
+                self.advance_to(context);
                 let register = (number - index::X2APIC_FIRST) as u16;
                 match self.local_apic.write_msr(register, value) {
                     Ok(effect) => {
@@ -62,6 +69,11 @@ impl Machine {
         }
         self.update_lines();
         result.map_err(|error| self.msr_exception(number, error))
+    }
+
+    /// Lets time pass up to the moment of an access that devices see.
+    fn advance_to(&mut self, context: &MsrContext<'_>) {
+        self.advance(self.time_base.time_at(context.host_counter));
     }
 
     fn has_tsc_deadline(&self) -> bool {
