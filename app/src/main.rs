@@ -14,6 +14,7 @@ mod archive;
 mod control;
 #[allow(unsafe_code, reason = "switching virtualization on")]
 mod driver;
+mod emulation;
 mod guest;
 mod launch;
 mod memory;

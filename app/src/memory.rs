@@ -205,7 +205,8 @@ impl GuestHost {
         .map_err(|OutOfMemory| Unwritable::OutOfMemory)
     }
 
-    fn contains(&self, at: Gpa, length: u64) -> bool {
+    /// Whether all of a range is RAM.
+    pub fn contains(&self, at: Gpa, length: u64) -> bool {
         self.slots.iter().any(|range| {
             let start = range.base.base().as_u64();
             let end = start + range.pages * PAGE_SIZE;

@@ -142,12 +142,7 @@ impl Paging {
     ///
     /// # Errors
     /// The page fault that the guest must see.
-    pub fn translate(
-        &self,
-        vcpu: &dyn Vcpu,
-        gva: Gva,
-        kind: AccessKind,
-    ) -> Result<Gpa, MemoryError> {
+    pub fn translate(&self, vcpu: &dyn Vcpu, gva: Gva, kind: AccessKind) -> Result<Gpa, PageFault> {
         let access = Access {
             kind,
             cpl: vcpu.privilege_level() as u8,
@@ -157,65 +152,32 @@ impl Paging {
         loop {
             match self.mmu.translate(&self.vcpu, gva, &access) {
                 Ok(gpa) => return Ok(gpa),
-                Err(TranslateError::Fault(fault)) => return Err(MemoryError::Fault(fault)),
+                Err(TranslateError::Fault(fault)) => return Err(fault),
                 // Another processor has changed the tables meanwhile.
                 Err(TranslateError::Retry) => {}
             }
         }
     }
 
-    /// Copies guest memory out for the current instruction.
-    ///
-    /// # Errors
-    /// The page fault that the guest must see.
-    pub fn read(&self, vcpu: &dyn Vcpu, gva: Gva, buffer: &mut [u8]) -> Result<(), MemoryError> {
-        let mut done = 0;
-        while done < buffer.len() {
-            let address = gva.wrapping_add(done as u64);
-            let part = part_in_page(address, buffer.len() - done);
-            let gpa = self.translate(vcpu, address, AccessKind::Read)?;
-            self.mmu
-                .host()
-                .ram()
-                .read(gpa, &mut buffer[done..done + part]);
-            done += part;
-        }
-        Ok(())
+    /// Whether `length` bytes at an address are RAM.
+    pub fn is_ram(&self, gpa: Gpa, length: usize) -> bool {
+        self.mmu.host().contains(gpa, length as u64)
     }
 
-    /// Copies bytes into guest memory for the current instruction. Either all of it is written or,
-    /// when a page faults, nothing.
-    ///
-    /// # Errors
-    /// The page fault that the guest must see.
-    pub fn write(&self, vcpu: &dyn Vcpu, gva: Gva, bytes: &[u8]) -> Result<(), MemoryError> {
-        let first_part = part_in_page(gva, bytes.len());
-        let first = self.translate(vcpu, gva, AccessKind::Write)?;
-        if first_part < bytes.len() {
-            let rest = gva.wrapping_add(first_part as u64);
-            let second = self.translate(vcpu, rest, AccessKind::Write)?;
-            self.write_physical(second, &bytes[first_part..])?;
-        }
-        self.write_physical(first, &bytes[..first_part])
+    /// Copies RAM out.
+    pub fn read_ram(&self, gpa: Gpa, buffer: &mut [u8]) {
+        self.mmu.host().ram().read(gpa, buffer);
     }
 
-    fn write_physical(&self, gpa: Gpa, bytes: &[u8]) -> Result<(), MemoryError> {
-        self.mmu
-            .host()
-            .write(gpa, bytes)
-            .map_err(MemoryError::Unwritable)?;
+    /// Copies bytes into RAM, as a store of the guest does: page tables there take effect.
+    ///
+    /// # Errors
+    /// [`Unwritable`] if it is no RAM, or the host has none to put there.
+    pub fn write_ram(&self, gpa: Gpa, bytes: &[u8]) -> Result<(), Unwritable> {
+        self.mmu.host().write(gpa, bytes)?;
         self.mmu.track_guest_write(gpa, bytes.len());
         Ok(())
     }
-}
-
-/// Why the host could not access guest memory for the current instruction.
-#[derive(Clone, Copy, Debug)]
-pub enum MemoryError {
-    /// The guest must see this page fault.
-    Fault(PageFault),
-    /// There is no memory at the address, or the host has none to put there.
-    Unwritable(Unwritable),
 }
 
 impl Paging {

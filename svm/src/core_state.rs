@@ -257,17 +257,32 @@ impl Shared {
         if self.extended_state.is_owner(state) {
             return;
         }
-        // The kernel sets CR0.TS at each task switch. The host uses no extended registers, so
-        // clearing it here takes nothing from anybody.
-        let flags = Cr0::read();
-        let blocking = Cr0Flags::TASK_SWITCHED | Cr0Flags::EMULATE_COPROCESSOR;
-        if flags.intersects(blocking) {
-            // SAFETY: these two bits only concern the registers that are switched here.
-            unsafe { Cr0::write(flags - blocking) };
-        }
+        unblock_extended_registers();
         // SAFETY: TS and EM are clear, OSFXSR and XCR0 are as `enable` has found them; the caller
         // promises the rest.
         unsafe { self.extended_state.acquire(state) };
+    }
+
+    /// Takes the guest's extended state out of the processor.
+    ///
+    /// # Safety
+    /// As [`Shared::acquire_extended_state`].
+    pub unsafe fn suspend_extended_state(&mut self, state: NonNull<ExtendedState>) {
+        unblock_extended_registers();
+        // SAFETY: as for `acquire_extended_state`.
+        unsafe { self.extended_state.suspend(state) };
+    }
+}
+
+/// Makes the extended registers accessible.
+fn unblock_extended_registers() {
+    // The kernel sets CR0.TS at each task switch. The host uses no extended registers, so
+    // clearing it here takes nothing from anybody.
+    let flags = Cr0::read();
+    let blocking = Cr0Flags::TASK_SWITCHED | Cr0Flags::EMULATE_COPROCESSOR;
+    if flags.intersects(blocking) {
+        // SAFETY: these two bits only concern the registers that are switched here.
+        unsafe { Cr0::write(flags - blocking) };
     }
 }
 

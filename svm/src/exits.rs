@@ -335,7 +335,7 @@ impl SvmVcpu {
         match result {
             Ok(()) => {
                 if let Some(next_rip) = self.next_rip.take() {
-                    self.finish_instruction(next_rip);
+                    self.complete(next_rip);
                 }
             }
             Err(fault) => {

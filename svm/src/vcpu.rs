@@ -16,6 +16,7 @@ use umbra_vcpu::registers::{
 use umbra_vcpu::{
     CodeReader, EntryFailure, Flush, MsrError, ShadowMode, ShadowPaging, TimeSlice, Vcpu,
 };
+use x86_64::instructions::interrupts;
 use x86_64::registers::rflags::RFlags;
 
 use crate::capability::{Capabilities, Control, Features, efer};
@@ -328,7 +329,7 @@ impl SvmVcpu {
     }
 
     /// The processor ends an instruction that it did not carry out itself.
-    pub(crate) fn finish_instruction(&mut self, next_rip: u64) {
+    pub(crate) fn complete(&mut self, next_rip: u64) {
         self.registers.rip = match self.width() {
             CodeWidth::Bits64 => next_rip,
             CodeWidth::Bits32 | CodeWidth::Bits16 => next_rip & 0xffff_ffff,
@@ -586,8 +587,27 @@ impl Vcpu for SvmVcpu {
             "the last exit was not caused by an instruction"
         );
         if let Some(next_rip) = self.next_rip.take() {
-            self.finish_instruction(next_rip);
+            self.complete(next_rip);
         }
+    }
+
+    fn finish_instruction(&mut self, next_rip: u64) {
+        self.next_rip = None;
+        self.complete(next_rip);
+    }
+
+    fn extended_state_mut(&mut self) -> &mut ExtendedState {
+        self.reload = true;
+        // SAFETY: interrupts are off, this core has the driver's record, and the state lives as long
+        // as this value.
+        interrupts::without_interrupts(|| unsafe {
+            self.core
+                .shared
+                .lock()
+                .suspend_extended_state(self.extended_state);
+        });
+        // SAFETY: the state is this value's own, and the processor does not hold it now.
+        unsafe { self.extended_state.as_mut() }
     }
 
     fn run(&mut self, code: &mut dyn CodeReader) -> Result<Exit, EntryFailure> {

@@ -43,9 +43,41 @@ impl ExtendedState {
         area[24] = 0x80;
         area[25] = 0x1f;
         // XSTATE_BV: x87 and SSE come from the legacy region, the rest from its initial state.
-        area[512] = 0b11;
+        area[XSTATE_BV] = 0b11;
         Self { area }
     }
+
+    /// XMM register `index`, 0 to 15.
+    pub fn xmm(&self, index: u8) -> u128 {
+        // SSE registers in their initial state need not stand in the area.
+        if self.area[XSTATE_BV] & XSTATE_SSE == 0 {
+            return 0;
+        }
+        let at = xmm_offset(index);
+        let mut bytes = [0; 16];
+        bytes.copy_from_slice(&self.area[at..at + 16]);
+        u128::from_le_bytes(bytes)
+    }
+
+    /// Sets XMM register `index`, 0 to 15; the upper part of its YMM register stays.
+    pub fn set_xmm(&mut self, index: u8, value: u128) {
+        if self.area[XSTATE_BV] & XSTATE_SSE == 0 {
+            self.area[XMM0..XMM0 + 256].fill(0);
+            self.area[XSTATE_BV] |= XSTATE_SSE;
+        }
+        let at = xmm_offset(index);
+        self.area[at..at + 16].copy_from_slice(&value.to_le_bytes());
+    }
+}
+
+/// Where the header says which components the area holds (SDM vol. 1 13.4.2).
+const XSTATE_BV: usize = 512;
+const XSTATE_SSE: u8 = 1 << 1;
+/// Where XMM0 stands (SDM vol. 1 table 13-1).
+const XMM0: usize = 160;
+
+const fn xmm_offset(index: u8) -> usize {
+    XMM0 + 16 * (index & 15) as usize
 }
 
 impl Default for ExtendedState {
@@ -98,6 +130,18 @@ impl ExtendedStateOwner {
         // SAFETY: the caller's promises 1 and 2.
         unsafe { load(state, self.method) };
         self.owner = Some(state);
+    }
+
+    /// Saves `state` and makes nobody the owner, if it is the owner now.
+    ///
+    /// # Safety
+    /// As [`ExtendedStateOwner::acquire`].
+    pub unsafe fn suspend(&mut self, state: NonNull<ExtendedState>) {
+        if self.owner == Some(state) {
+            // SAFETY: the caller's promises 1 and 2.
+            unsafe { save(state, self.method) };
+            self.owner = None;
+        }
     }
 
     /// Forgets `state` if it is the owner, before it is dropped. Its registers are lost.
@@ -161,6 +205,29 @@ mod tests {
     /// MXCSR as it stands in a saved area.
     fn mxcsr(state: &ExtendedState) -> u32 {
         u32::from_le_bytes(state.area[24..28].try_into().expect("four bytes"))
+    }
+
+    #[test]
+    fn suspended_registers_can_be_changed() {
+        let value = 0x0123_4567_89ab_cdef_1122_3344_5566_7788_u128;
+        let mut state = ExtendedState::new();
+        state.set_xmm(15, value);
+        state.area[XSTATE_BV] = 1;
+        assert_eq!(state.xmm(15), 0, "in its initial state");
+        state.set_xmm(3, 5);
+        assert_eq!((state.xmm(3), state.xmm(15)), (5, 0));
+        state.set_xmm(15, value);
+        let pointer = NonNull::from(&mut state);
+        let mut owner = ExtendedStateOwner::new(SaveMethod::Fxsave);
+        // SAFETY: an ordinary process may use FXSAVE and FXRSTOR, the state outlives the record, and
+        // no floating-point value is live in this function.
+        unsafe {
+            owner.acquire(pointer);
+            (*pointer.as_ptr()).area = [0xff; AREA_SIZE];
+            owner.suspend(pointer);
+        }
+        assert!(!owner.is_owner(pointer));
+        assert_eq!((state.xmm(3), state.xmm(15)), (5, value));
     }
 
     #[test]

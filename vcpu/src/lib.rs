@@ -26,6 +26,7 @@ use core::fmt;
 use address::{Gva, Hpa};
 use event::{EventQueue, Windows};
 use exit::Exit;
+use extended_state::ExtendedState;
 use registers::{
     CodeWidth, ControlRegisters, DescriptorTable, Registers, Segment, SegmentRegister,
 };
@@ -104,6 +105,14 @@ pub trait Vcpu {
     /// Moves RIP past the instruction that caused the last exit, as if it had been carried out: the
     /// interrupt shadow ends, RF is cleared, and single-stepping traps.
     fn skip_instruction(&mut self);
+
+    /// Ends an instruction that was carried out in the guest's place: the guest goes on at `next_rip`,
+    /// the interrupt shadow ends, RF is cleared, and single-stepping traps.
+    fn finish_instruction(&mut self, next_rip: u64);
+
+    /// The guest's x87, SSE and AVX registers, taken out of the processor; the next entry puts them
+    /// back.
+    fn extended_state_mut(&mut self) -> &mut ExtendedState;
 
     /// Runs the guest until it stops. Host interrupts that arrive meanwhile are handled by the host
     /// before this returns.

@@ -259,18 +259,34 @@ impl Core {
         if owner.is_owner(state) {
             return;
         }
+        // SAFETY: the registers may be switched within; the state's life is the caller's promise.
+        self.with_extended_registers(|| unsafe { owner.acquire(state) });
+    }
+
+    /// Takes the guest's x87, SSE and AVX state out of the processor. Interrupts are off.
+    ///
+    /// # Safety
+    /// As [`Core::acquire_extended_state`].
+    pub(crate) unsafe fn suspend_extended_state(&self, state: NonNull<ExtendedState>) {
+        let mut owner = self.extended.borrow_mut();
+        // SAFETY: the registers may be switched within; the state's life is the caller's promise.
+        self.with_extended_registers(|| unsafe { owner.suspend(state) });
+    }
+
+    /// Runs `switch` where all extended registers can be accessed.
+    fn with_extended_registers(&self, switch: impl FnOnce()) {
         let cr0 = Cr0::read_raw();
-        let host_xcr0 = self.host_xcr0;
         // SAFETY: CR0.TS and EM are clear for the switch (the host's scheduler leaves TS set), and XCR0
-        // has all components; both are put back. The state's life is the caller's promise.
+        // has all components; both are put back.
         unsafe {
             Cr0::write_raw(cr0 & !(Cr0Flags::TASK_SWITCHED | Cr0Flags::EMULATE_COPROCESSOR).bits());
-            if let (Some(host), SaveMethod::Xsave { components }) = (host_xcr0, save_method()) {
+            if let (Some(host), SaveMethod::Xsave { components }) = (self.host_xcr0, save_method())
+            {
                 write_xcr0(components);
-                owner.acquire(state);
+                switch();
                 write_xcr0(host);
             } else {
-                owner.acquire(state);
+                switch();
             }
             Cr0::write_raw(cr0);
         }

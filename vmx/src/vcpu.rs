@@ -501,16 +501,20 @@ impl Vcpu for VmxVcpu {
     }
 
     fn skip_instruction(&mut self) {
-        /// A single step is pending (SDM vol. 3C table 25-4).
-        const SINGLE_STEP: u64 = 1 << 14;
         let length = self.with_vmcs(|vmcs| vmcs.read(fields::EXIT_INSTRUCTION_LENGTH));
         let next = self.registers.rip.wrapping_add(u64::from(length));
+        self.finish_instruction(next);
+    }
+
+    fn finish_instruction(&mut self, next_rip: u64) {
+        /// A single step is pending (SDM vol. 3C table 25-4).
+        const SINGLE_STEP: u64 = 1 << 14;
         // Only code that is about to cross 4 GiB has to know how wide it is.
-        let crossed = (next ^ self.registers.rip) >> 32 != 0;
+        let crossed = (next_rip ^ self.registers.rip) >> 32 != 0;
         self.registers.rip = if crossed && !paging::is_long_mode(&self.control) {
-            next & 0xffff_ffff
+            next_rip & 0xffff_ffff
         } else {
-            next
+            next_rip
         };
         self.interruptibility
             .remove(Interruptibility::STI | Interruptibility::MOV_SS);
@@ -524,6 +528,16 @@ impl Vcpu for VmxVcpu {
                 );
             });
         }
+    }
+
+    fn extended_state_mut(&mut self) -> &mut ExtendedState {
+        // SAFETY: interrupts are off, this core has the driver's record, and the state lives as long
+        // as this value.
+        interrupts::without_interrupts(|| unsafe {
+            self.core.suspend_extended_state(self.extended);
+        });
+        // SAFETY: the state is this value's own, and the processor does not hold it now.
+        unsafe { self.extended.as_mut() }
     }
 
     fn run(&mut self, code: &mut dyn CodeReader) -> Result<Exit, EntryFailure> {
