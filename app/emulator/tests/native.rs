@@ -305,7 +305,7 @@ fn prepare(case: &mut Case) -> Option<(Machine, Instruction)> {
     ) && case.count & 1 != 0
     {
         // So that it is equal, and a quotient fits, now and then.
-        let small = u64::from(case.count & 2) * u64::MAX;
+        let small = if case.count & 2 != 0 { u64::MAX } else { 0 };
         machine.registers.set(Gpr::Rax, small);
         machine.registers.set(Gpr::Rdx, small);
     }
@@ -355,7 +355,10 @@ fn is_candidate(instruction: &Instruction) -> bool {
         | Mnemonic::Outsd => false,
         _ => true,
     };
+    let moves_selector = (0..instruction.op_count())
+        .any(|operand| instruction.op_register(operand).is_segment_register());
     uses_memory
+        && !moves_selector
         && !overridden
         && has_extension
         && !instruction.is_privileged()
