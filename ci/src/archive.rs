@@ -1,6 +1,8 @@
 //! The archives that Umbra and Hermit read, byte for byte the same each time.
 
-use std::io::Write;
+use std::fs::File;
+use std::io::{BufWriter, Read, Write};
+use std::path::Path;
 
 use anyhow::{Context, Result};
 use flate2::{Compression, GzBuilder};
@@ -53,6 +55,29 @@ pub fn hermit(config: &str, kernel_name: &str, kernel: &[u8]) -> Result<Vec<u8>>
     gzip.finish().context("cannot compress the image")
 }
 
+/// What Google Cloud imports: a gzipped tar archive in GNU's old format whose one member is
+/// `disk.raw`, of `size` bytes.
+///
+/// # Errors
+/// When the disk cannot be read or the archive cannot be written.
+pub fn google_cloud(disk: impl Read, size: u64, path: &Path) -> Result<()> {
+    let file = File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
+    let gzip = GzBuilder::new()
+        .mtime(0)
+        .write(BufWriter::new(file), Compression::fast());
+    let mut archive = Builder::new(gzip);
+    let mut header = Header::new_gnu();
+    header.set_entry_type(EntryType::Regular);
+    header.set_mode(0o644);
+    header.set_mtime(0);
+    header.set_uid(0);
+    header.set_gid(0);
+    header.set_size(size);
+    archive.append_data(&mut header, "disk.raw", disk)?;
+    archive.into_inner()?.finish()?.flush()?;
+    Ok(())
+}
+
 fn ustar(entries: &[Entry<'_>]) -> Result<Vec<u8>> {
     let mut archive = Builder::new(Vec::new());
     for entry in entries {
@@ -72,8 +97,6 @@ fn ustar(entries: &[Entry<'_>]) -> Result<Vec<u8>> {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Read;
-
     use flate2::read::GzDecoder;
 
     use super::*;

@@ -29,7 +29,7 @@ pub fn doctor(project: &Project) -> Result<()> {
     );
     processor();
     kvm();
-    match Platform::ALL
+    match Platform::USUAL
         .into_iter()
         .find(|platform| missing(&platform.needs()).is_empty())
     {

@@ -4,16 +4,19 @@ use std::fs;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
+use clap::builder::PossibleValue;
 use clap::{Args, ValueEnum};
 use serde::Deserialize;
 
 use crate::archive;
 use crate::build::{Application, Builder};
+use crate::disk;
+use crate::grub::Content;
 use crate::input::BadInput;
 use crate::iso;
 use crate::keys::{self, Keys, LEAF};
 use crate::project::{Project, write_if_changed};
-use crate::setup;
+use crate::setup::{self, Need};
 
 /// The options of `image`.
 #[derive(Args, Debug)]
@@ -23,14 +26,69 @@ pub struct Options {
     format: Format,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Format {
-    /// One ELF for `qemu -kernel` and other PVH or Multiboot2 boot loaders
     Elf,
-    /// A `.hermit` archive for uhyve and Hermit's own loader
     Hermit,
-    /// An ISO image that boots by GRUB on a BIOS, from CD or USB
     Iso,
+    Disk(disk::Format),
+}
+
+impl Format {
+    fn needs(self) -> Vec<Need> {
+        match self {
+            Self::Elf | Self::Hermit => Vec::new(),
+            Self::Iso => setup::for_iso(),
+            Self::Disk(format) => format.needs(),
+        }
+    }
+}
+
+impl ValueEnum for Format {
+    fn value_variants<'a>() -> &'a [Self] {
+        &[
+            Self::Elf,
+            Self::Hermit,
+            Self::Iso,
+            Self::Disk(disk::Format::Raw),
+            Self::Disk(disk::Format::Qcow2),
+            Self::Disk(disk::Format::Vhd),
+            Self::Disk(disk::Format::Gcp),
+            Self::Disk(disk::Format::Vmdk),
+        ]
+    }
+
+    fn to_possible_value(&self) -> Option<PossibleValue> {
+        let (name, help) = match self {
+            Self::Elf => (
+                "elf",
+                "One ELF for `qemu -kernel` and other PVH or Multiboot2 boot loaders",
+            ),
+            Self::Hermit => (
+                "hermit",
+                "A `.hermit` archive for uhyve and Hermit's own loader",
+            ),
+            Self::Iso => (
+                "iso",
+                "An ISO image that boots by GRUB on a BIOS, from CD or USB",
+            ),
+            Self::Disk(disk::Format::Raw) => ("raw", "A raw disk that boots on a BIOS and on UEFI"),
+            Self::Disk(disk::Format::Qcow2) => (
+                "qcow2",
+                "The same disk for OpenStack and other clouds built on QEMU",
+            ),
+            Self::Disk(disk::Format::Vhd) => ("vhd", "The same disk as a fixed VHD for Azure"),
+            Self::Disk(disk::Format::Gcp) => (
+                "gcp",
+                "The same disk, 1 GiB large, in the archive that Google Cloud imports",
+            ),
+            Self::Disk(disk::Format::Vmdk) => (
+                "vmdk",
+                "The same disk as a stream-optimized VMDK, for import into EC2 and vSphere",
+            ),
+        };
+        Some(PossibleValue::new(name).help(help))
+    }
 }
 
 /// Makes it, and prints where it is.
@@ -38,14 +96,13 @@ enum Format {
 /// # Errors
 /// When something cannot be set up or built.
 pub fn image(project: &Project, options: &Options) -> Result<()> {
-    if options.format == Format::Iso {
-        setup::install(&setup::for_iso())?;
-    }
+    setup::install(&options.format.needs())?;
     let builder = Builder::new(project)?;
     let path = match options.format {
         Format::Elf => builder.boot_elf(Application::Umbra)?,
         Format::Hermit => hermit(project, &builder)?,
         Format::Iso => bootable_iso(project, &builder)?,
+        Format::Disk(format) => disk_image(project, &builder, format)?,
     };
     let bytes = fs::metadata(&path)?.len();
     println!("{} ({} KiB)", path.display(), bytes.div_ceil(1024));
@@ -57,7 +114,7 @@ fn bootable_iso(project: &Project, builder: &Builder<'_>) -> Result<PathBuf> {
     let work = project.target("runs")?.join("image");
     fs::create_dir_all(&work)?;
     let path = project.target("images")?.join("umbra.iso");
-    let content = iso::Content {
+    let content = Content {
         boot: &boot,
         kernel_arguments: &[],
         arguments: &[],
@@ -65,6 +122,17 @@ fn bootable_iso(project: &Project, builder: &Builder<'_>) -> Result<PathBuf> {
     };
     iso::write(project, &content, &work, &path)?;
     Ok(path)
+}
+
+fn disk_image(project: &Project, builder: &Builder<'_>, format: disk::Format) -> Result<PathBuf> {
+    let boot = builder.boot_elf(Application::Umbra)?;
+    let content = Content {
+        boot: &boot,
+        kernel_arguments: &[],
+        arguments: &[],
+        archive: None,
+    };
+    format.make(project, &content, &project.target("images")?)
 }
 
 fn hermit(project: &Project, builder: &Builder<'_>) -> Result<PathBuf> {

@@ -5,7 +5,9 @@
 mod archive;
 mod build;
 mod command;
+mod disk;
 mod doctor;
+mod grub;
 mod guest;
 mod image;
 mod input;

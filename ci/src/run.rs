@@ -9,6 +9,7 @@ use umbra_report::options::{self, Request};
 
 use crate::archive;
 use crate::build::{Application, Builder};
+use crate::disk;
 use crate::guest::{self, Source};
 use crate::input::BadInput;
 use crate::platform::{Boot, Console, Platform, Show};
@@ -95,6 +96,7 @@ pub fn run(project: &Project, options: &Options) -> Result<u8> {
         memory_mib,
         input: Input::User,
         limit: None,
+        disk: disk::Format::Raw,
         work: &work,
     };
     let ending = options.on.run(project, &boot, &console)?;

@@ -13,12 +13,14 @@ use serde::Deserialize;
 use umbra_report::{ExitCode, Outcome, Report};
 
 use crate::build::Application;
+use crate::disk;
 use crate::guest::{self, Guest, Source};
 use crate::input::BadInput;
 use crate::keys::{self, Keys, LEAF};
 use crate::platform::Platform;
 use crate::project::Project;
 use crate::report;
+use crate::setup::Need;
 use crate::typing::{Input, Line};
 
 /// What a scenario file holds. Everything but `exit_code` may be left out.
@@ -51,6 +53,9 @@ pub struct Scenario {
     append: Option<String>,
     /// The guest's memory, as in `64M`.
     memory: Option<String>,
+    /// The form of the disk, on a platform that boots one.
+    #[serde(default)]
+    pub disk: disk::Format,
     /// The whole machine's memory in MiB, instead of what is comfortable for the guest's.
     pub machine_memory_mib: Option<u64>,
     /// The most shadow pages that the guest may use.
@@ -94,6 +99,7 @@ const KEYS: Keys = Keys(&[
     ("initrd", LEAF),
     ("append", LEAF),
     ("memory", LEAF),
+    ("disk", LEAF),
     ("machine_memory_mib", LEAF),
     ("mmu_pages", LEAF),
     ("watchdog", LEAF),
@@ -108,7 +114,7 @@ const KEYS: Keys = Keys(&[
 ]);
 
 fn everywhere() -> Vec<Platform> {
-    Platform::ALL.to_vec()
+    Platform::USUAL.to_vec()
 }
 
 fn two_minutes() -> u64 {
@@ -171,6 +177,7 @@ impl Scenario {
             initrd: None,
             append: guest.command_line.clone(),
             memory: None,
+            disk: disk::Format::Raw,
             machine_memory_mib: None,
             mmu_pages: None,
             watchdog: (guest.expect_exit_code == ExitCode::Watchdog.as_u8())
@@ -251,6 +258,16 @@ impl Scenario {
             Source::find(guests, name).with_context(|| format!("scenario {}", self.name))?
         });
         Ok(())
+    }
+
+    /// What must be installed besides what its platforms need.
+    pub fn needs(&self) -> Vec<Need> {
+        let boots_disk = |platform: &Platform| !Platform::USUAL.contains(platform);
+        if self.platforms.iter().any(boots_disk) {
+            self.disk.needs()
+        } else {
+            Vec::new()
+        }
     }
 
     /// Umbra's arguments.
@@ -410,7 +427,7 @@ mod tests {
         let arguments = ["--guest=hello", "--memory=32M", "--timeout=3", "--mmu-page"];
         assert_eq!(scenario.umbra_arguments(), arguments);
         assert_eq!(scenario.path(Path::new("x")), Path::new("dir/x"));
-        assert_eq!(parse("exit_code = 0").unwrap().platforms, Platform::ALL);
+        assert_eq!(parse("exit_code = 0").unwrap().platforms, Platform::USUAL);
     }
 
     #[test]

@@ -74,6 +74,50 @@ pub fn for_iso() -> Vec<Need> {
     ]
 }
 
+/// What a disk image needs.
+pub fn for_disk() -> Vec<Need> {
+    vec![
+        Need::new(
+            "grub-mkimage",
+            "grub-common",
+            "makes the disk's boot loader",
+        ),
+        Need::new(
+            "/usr/lib/grub/i386-pc/boot.img",
+            "grub-pc-bin",
+            "is the disk's boot loader for BIOS machines",
+        ),
+        Need::new(
+            "/usr/lib/grub/x86_64-efi/moddep.lst",
+            "grub-efi-amd64-bin",
+            "is the disk's boot loader for UEFI machines",
+        ),
+    ]
+}
+
+/// What turns raw disks into other formats.
+pub fn for_conversion() -> Vec<Need> {
+    vec![Need::new(
+        "qemu-img",
+        "qemu-utils",
+        "converts the raw disk into other formats",
+    )]
+}
+
+/// UEFI firmware for QEMU's machines.
+pub const UEFI_CODE: &str = "/usr/share/OVMF/OVMF_CODE_4M.fd";
+/// Its variables, before anything was set.
+pub const UEFI_VARIABLES: &str = "/usr/share/OVMF/OVMF_VARS_4M.fd";
+
+/// What the platform `disk-uefi` needs besides `disk-bios`.
+pub fn for_uefi() -> Vec<Need> {
+    vec![Need::new(
+        UEFI_CODE,
+        "ovmf",
+        "is the emulated machine's UEFI firmware",
+    )]
+}
+
 /// What the platform `bochs` needs, its ISO image included.
 pub fn for_bochs() -> Vec<Need> {
     let mut needs = for_iso();

@@ -271,11 +271,15 @@ struct Images {
 
 impl Images {
     fn build(project: &Project, jobs: &[Job]) -> Result<Self> {
-        let needs: Vec<_> = Platform::ALL
-            .into_iter()
-            .filter(|platform| jobs.iter().any(|job| job.platform == *platform))
-            .flat_map(Platform::needs)
-            .collect();
+        let mut needs = Vec::new();
+        for job in jobs {
+            let more = [job.platform.needs(), job.scenario.needs()].concat();
+            needs.extend(
+                more.into_iter()
+                    .filter(|need| !needs.contains(need))
+                    .collect::<Vec<_>>(),
+            );
+        }
         setup::install(&needs)?;
         let builder = Builder::new(project)?;
         let build = |application| {
@@ -381,6 +385,7 @@ fn boot(project: &Project, images: &Images, job: &Job, console: &Console) -> Res
         memory_mib,
         input: scenario.input(),
         limit: Some(scenario.limit()),
+        disk: scenario.disk,
         work: &work,
     };
     let ending = job.platform.run(project, &boot, console)?;

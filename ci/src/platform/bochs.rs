@@ -16,6 +16,7 @@ use anyhow::{Context, Result};
 
 use super::{Boot, Console, Ending};
 use crate::command::{clean, find_program};
+use crate::grub::Content;
 use crate::iso;
 use crate::project::Project;
 use crate::report;
@@ -31,7 +32,7 @@ const CONNECTION_LIMIT: Duration = Duration::from_secs(20);
 
 pub(super) fn run(project: &Project, boot: &Boot<'_>, console: &Console) -> Result<Ending> {
     let iso = boot.work.join("umbra.iso");
-    let content = iso::Content {
+    let content = Content {
         boot: boot.image,
         kernel_arguments: &["-freq".to_owned(), INSTRUCTIONS_PER_MICROSECOND.to_string()],
         arguments: boot.arguments,

@@ -16,36 +16,44 @@ use anyhow::Result;
 use clap::ValueEnum;
 use umbra_report::Driver;
 
+use self::qemu::Firmware;
+use crate::disk;
 use crate::project::Project;
 use crate::setup::{self, Need};
 use crate::typing::Input;
 
 /// A machine to boot on, by its name on the command line and in scenarios.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub enum Platform {
     /// QEMU's software emulation of an AMD CPU with SVM
     Qemu,
     /// Bochs's emulation of an Intel CPU with VMX, booted by GRUB from an ISO image
     Bochs,
+    /// The disk image in QEMU, booted by a BIOS
+    DiskBios,
+    /// The disk image in QEMU, booted by UEFI
+    DiskUefi,
 }
 
 impl Platform {
-    /// Every platform.
-    pub const ALL: [Self; 2] = [Self::Qemu, Self::Bochs];
+    /// Where a scenario runs that does not say where: one platform of each driver.
+    pub const USUAL: [Self; 2] = [Self::Qemu, Self::Bochs];
 
     /// What must be installed.
     pub fn needs(self) -> Vec<Need> {
         match self {
             Self::Qemu => setup::for_qemu(),
             Self::Bochs => setup::for_bochs(),
+            Self::DiskBios => [setup::for_qemu(), setup::for_disk()].concat(),
+            Self::DiskUefi => [setup::for_qemu(), setup::for_disk(), setup::for_uefi()].concat(),
         }
     }
 
     /// The driver that Umbra must have run its guest with.
     pub fn driver(self) -> Driver {
         match self {
-            Self::Qemu => Driver::Svm,
+            Self::Qemu | Self::DiskBios | Self::DiskUefi => Driver::Svm,
             Self::Bochs => Driver::Vmx,
         }
     }
@@ -58,6 +66,8 @@ impl Platform {
         match self {
             Self::Qemu => qemu::run(boot, console),
             Self::Bochs => bochs::run(project, boot, console),
+            Self::DiskBios => qemu::run_disk(project, Firmware::Bios, boot, console),
+            Self::DiskUefi => qemu::run_disk(project, Firmware::Uefi, boot, console),
         }
     }
 }
@@ -67,6 +77,8 @@ impl fmt::Display for Platform {
         f.write_str(match self {
             Self::Qemu => "qemu",
             Self::Bochs => "bochs",
+            Self::DiskBios => "disk-bios",
+            Self::DiskUefi => "disk-uefi",
         })
     }
 }
@@ -85,6 +97,8 @@ pub struct Boot<'a> {
     pub input: Input<'a>,
     /// When to give up.
     pub limit: Option<Duration>,
+    /// The form of the disk, on a platform that boots one.
+    pub disk: disk::Format,
     /// A directory for this boot's files.
     pub work: &'a Path,
 }
