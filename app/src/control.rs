@@ -7,28 +7,13 @@ use umbra_machine::processor::control;
 use umbra_machine::processor::features::{Features, GuestFeatures};
 use umbra_machine::processor::msr::{MsrContext, MsrEffect};
 use umbra_mmu::{Feature, GuestFeatures as MmuFeatures};
+use umbra_vcpu::VcpuExt;
 use umbra_vcpu::event::Exception;
 use umbra_vcpu::exit::ControlRegister;
 use umbra_vcpu::registers::{CodeWidth, ControlRegisters, Gpr, SegmentRegister};
-use umbra_vcpu::{Vcpu, VcpuExt};
-use x86_64::registers::control::Cr0Flags;
 
 use crate::guest::{End, Guest};
 use crate::platform;
-
-/// CR0, CR4 and EFER as a boot protocol leaves them: protected mode without paging.
-pub fn reset(vcpu: &mut dyn Vcpu) {
-    let cr0 = Cr0Flags::PROTECTED_MODE_ENABLE | Cr0Flags::EXTENSION_TYPE;
-    vcpu.set_control_registers(ControlRegisters {
-        cr0: cr0.bits(),
-        cr2: umbra_vcpu::address::Gva::new(0),
-        cr3: 0,
-        cr4: 0,
-        cr8: 0,
-        efer: 0,
-        xcr0: 1,
-    });
-}
 
 /// The host's CPUID.
 pub fn host_cpuid(leaf: u32, subleaf: u32) -> CpuidResult {

@@ -4,23 +4,21 @@ use alloc::boxed::Box;
 use alloc::format;
 use alloc::vec::Vec;
 
-use umbra_loader::{EntryState, LoadError, LoadRequest, MemoryMap, Module};
+use umbra_loader::{LoadError, LoadRequest, MemoryMap, Module};
 use umbra_machine::devices::fw_cfg::{E820Entry, FwCfg};
 use umbra_machine::processor::cpuid::CpuidPolicy;
 use umbra_machine::{Configuration, ConsoleOutput, Machine, TimeBase, acpi};
 use umbra_mmu::MmuConfig;
 use umbra_report::options::Options;
 use umbra_report::{Outcome, Report};
-use umbra_vcpu::Vcpu;
 use umbra_vcpu::address::{Gfn, PAGE_SIZE};
-use umbra_vcpu::registers::{Gpr, Segment, SegmentRegister};
 
 use crate::driver::Driver;
 use crate::guest::{End, ExitCounts, Guest};
 use crate::memory::{GuestHost, LoaderRam, RamRange};
 use crate::paging::Paging;
 use crate::physical::HostAddressSpace;
-use crate::{archive, control, platform, pressure, timestamp};
+use crate::{archive, control, entry, platform, pressure, timestamp};
 
 /// Runs the guest that `options` ask for to its end.
 pub fn run_guest(options: &Options) -> Report {
@@ -120,8 +118,7 @@ fn prepare(name: &str, options: &Options) -> Result<Guest, End> {
 
     let mut vcpu = driver.create_vcpu(&HostAddressSpace)?;
     let mut paging = Paging::new(mmu)?;
-    enter_state(&mut *vcpu, &loaded.entry);
-    control::reset(&mut *vcpu);
+    entry::enter_state(&mut *vcpu, &loaded.entry);
     vcpu.set_tsc_offset(machine.msrs().tsc_offset());
     paging
         .load_registers(&vcpu.control_registers())
@@ -164,30 +161,6 @@ fn describe_machine(fw_cfg: &mut FwCfg, options: &Options, memory_map: &MemoryMa
     fw_cfg.set_cpu_count(1);
     fw_cfg.set_command_line(options.append.as_bytes());
     fw_cfg.set_memory_map(&entries);
-}
-
-/// Puts the processor where the boot protocol wants it.
-fn enter_state(vcpu: &mut dyn Vcpu, entry: &EntryState) {
-    /// Bit 1 of RFLAGS is always set.
-    const RFLAGS_FIXED: u64 = 2;
-    const CODE_SELECTOR: u16 = 0x08;
-    const DATA_SELECTOR: u16 = 0x10;
-    const TASK_SELECTOR: u16 = 0x18;
-    let EntryState::Protected32 { eip, eax, ebx } = *entry;
-    let registers = vcpu.registers_mut();
-    registers.rip = u64::from(eip);
-    registers.rflags = RFLAGS_FIXED;
-    registers.set(Gpr::Rax, u64::from(eax));
-    registers.set(Gpr::Rbx, u64::from(ebx));
-    for register in SegmentRegister::ALL {
-        let segment = match register {
-            SegmentRegister::Cs => Segment::flat_code32(CODE_SELECTOR),
-            SegmentRegister::Ldtr => Segment::UNUSABLE,
-            SegmentRegister::Tr => Segment::busy_tss(TASK_SELECTOR, 0x67),
-            _ => Segment::flat_data32(DATA_SELECTOR),
-        };
-        vcpu.set_segment(register, segment);
-    }
 }
 
 /// The guest's serial output, handed to the host's console line by line.

@@ -15,6 +15,7 @@ mod control;
 #[allow(unsafe_code, reason = "switching virtualization on")]
 mod driver;
 mod emulation;
+mod entry;
 mod guest;
 mod launch;
 mod memory;

@@ -5,6 +5,7 @@ use core::fmt;
 use umbra_vcpu::address::Gpa;
 
 pub use crate::image::Hint;
+use crate::linux::LinuxError;
 
 /// Why an image was not loaded. Its text is one line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -145,6 +146,8 @@ pub enum LoadError {
         /// The size of the file.
         size: u64,
     },
+    /// A Linux bzImage is refused.
+    Linux(LinuxError),
     /// A text holds a zero byte.
     ZeroByte(&'static str),
     /// The host has no memory for the guest's RAM.
@@ -176,7 +179,6 @@ impl fmt::Display for Hint {
             Self::Empty => formatter.write_str("the file is empty"),
             Self::Elf => formatter
                 .write_str("it is ELF, but without a Multiboot header and without a PVH note"),
-            Self::BzImage => formatter.write_str("it is a Linux bzImage"),
             Self::Compressed => formatter.write_str("it is compressed; unpack it first"),
             Self::MultibootChecksum { offset } => {
                 write!(
@@ -269,8 +271,8 @@ impl LoadError {
         match *self {
             Self::UnknownFormat(hint) => write!(
                 formatter,
-                "{hint}; known formats are Multiboot (a header in the first 8 KiB) and PVH (an ELF \
-                 note XEN_ELFNOTE_PHYS32_ENTRY)"
+                "{hint}; known formats are Multiboot (a header in the first 8 KiB), PVH (an ELF note \
+                 XEN_ELFNOTE_PHYS32_ENTRY) and Linux bzImage"
             ),
             Self::ElfTruncated { size, needed } => write!(
                 formatter,
@@ -360,6 +362,7 @@ impl LoadError {
                     "the entry point {entry:#x} lies in no loaded segment"
                 )
             }
+            Self::Linux(error) => write!(formatter, "{error}"),
             Self::ZeroByte(what) => write!(formatter, "{what} holds a zero byte"),
             _ => Ok(()),
         }

@@ -6,6 +6,7 @@ use elf::abi;
 use umbra_vcpu::address::Gpa;
 
 use crate::elf_file::{ElfFile, NumberedSegment};
+use crate::linux::BzImage;
 use crate::multiboot::{self, Header};
 use crate::{GuestRam, LoadError, MemoryMap};
 
@@ -15,6 +16,8 @@ pub enum Image<'a> {
     Multiboot(Executable<'a>, Option<ElfFile<'a>>),
     /// With a PVH entry note.
     Pvh(Executable<'a>),
+    /// A Linux bzImage.
+    Linux(BzImage<'a>),
 }
 
 /// What to put into memory, and where to begin.
@@ -45,6 +48,9 @@ impl<'a> Image<'a> {
     /// # Errors
     /// [`LoadError`] if the format is unknown or what it says is wrong.
     pub fn parse(file: &'a [u8]) -> Result<Self, LoadError> {
+        if BzImage::is_bz_image(file) {
+            return Ok(Self::Linux(BzImage::parse(file)?));
+        }
         let header = Header::find(file)?;
         if let Some((offset, addresses)) = header
             .as_ref()
@@ -228,8 +234,6 @@ pub enum Hint {
     Empty,
     /// An ELF file that lacks what makes it a guest.
     Elf,
-    /// A Linux bzImage.
-    BzImage,
     /// Something compressed.
     Compressed,
     /// It has a Multiboot header but for its checksum.
@@ -245,8 +249,6 @@ impl Hint {
     const GZIP: &'static [u8] = &[0x1f, 0x8b];
     const XZ: &'static [u8] = &[0xfd, b'7', b'z', b'X', b'Z', 0];
     const ZSTD: &'static [u8] = &[0x28, 0xb5, 0x2f, 0xfd];
-    const BZ_IMAGE_OFFSET: usize = 0x202;
-    const BZ_IMAGE: &'static [u8] = b"HdrS";
 
     fn of(file: &[u8]) -> Self {
         if file.is_empty() {
@@ -257,11 +259,6 @@ impl Hint {
             Self::Multiboot2
         } else if ElfFile::is_elf(file) {
             Self::Elf
-        } else if file
-            .get(Self::BZ_IMAGE_OFFSET..)
-            .is_some_and(|at| at.starts_with(Self::BZ_IMAGE))
-        {
-            Self::BzImage
         } else if [Self::GZIP, Self::XZ, Self::ZSTD]
             .iter()
             .any(|magic| file.starts_with(magic))

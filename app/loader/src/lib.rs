@@ -6,6 +6,7 @@
 //! | Multiboot 0.6.96, ELF32 or address fields | header in the first 8 KiB | `multiboot` |
 //! | PVH (ELF32 or ELF64) | note `XEN_ELFNOTE_PHYS32_ENTRY` | `pvh` |
 //! | Multiboot with ELF64 | header and ELF class, if there is no PVH note | `multiboot` |
+//! | Linux bzImage | `HdrS` and the boot flag in the first two sectors | `linux` |
 //!
 //! Protocol: [`load`] first reads and checks the whole image, then writes; an image that is refused
 //! has written nothing. Only a host without memory stops it halfway. Image bytes are hostile: every offset, size and address in them is checked
@@ -18,12 +19,16 @@ extern crate alloc;
 mod elf_file;
 mod error;
 mod image;
+mod linux;
+mod long_mode;
 mod memory_map;
 mod multiboot;
 mod placement;
 mod pvh;
 
 pub use error::{Hint, LoadError, Table};
+pub use linux::LinuxError;
+pub use long_mode::{CODE_SELECTOR, DATA_SELECTOR, DESCRIPTORS_SIZE};
 pub use memory_map::{MemoryKind, MemoryMap, MemoryRange};
 
 use umbra_vcpu::address::Gpa;
@@ -85,6 +90,29 @@ pub enum EntryState {
         /// The guest-physical address of the boot information.
         ebx: u32,
     },
+    /// 32-bit protected mode without paging, with the descriptor table that Linux wants: flat
+    /// segments with [`CODE_SELECTOR`] and [`DATA_SELECTOR`], interrupts off.
+    Linux32 {
+        /// The entry point.
+        eip: u32,
+        /// The guest-physical address of the boot parameters.
+        esi: u32,
+        /// The guest-physical address of the descriptor table of [`DESCRIPTORS_SIZE`] bytes.
+        gdt: u32,
+    },
+    /// Long mode with 4-level paging: segments with [`CODE_SELECTOR`] and [`DATA_SELECTOR`],
+    /// interrupts off.
+    Long64 {
+        /// The entry point.
+        rip: u64,
+        /// The guest-physical address of the boot information.
+        rsi: u64,
+        /// The guest-physical address of the root page table, which maps at least the image and the
+        /// boot information onto themselves.
+        cr3: u32,
+        /// The guest-physical address of the descriptor table of [`DESCRIPTORS_SIZE`] bytes.
+        gdt: u32,
+    },
 }
 
 /// The format that an image was found to have.
@@ -94,6 +122,8 @@ pub enum Format {
     Multiboot,
     /// Xen's PVH.
     Pvh,
+    /// Linux's boot protocol.
+    Linux,
 }
 
 /// An image that is in RAM.
@@ -117,5 +147,6 @@ pub fn load(
     match Image::parse(image)? {
         Image::Multiboot(image, elf) => multiboot::load(&image, elf.as_ref(), request, ram),
         Image::Pvh(image) => pvh::load(&image, request, ram),
+        Image::Linux(image) => image.load(request, ram),
     }
 }

@@ -28,8 +28,12 @@ pub enum Place {
     /// Conventional memory if there is room, otherwise as `High`; 8-byte aligned. Boot information
     /// goes here, because many kernels take the memory behind their image as a heap.
     Low,
-    /// Above 1 MiB, page aligned.
+    /// As `Low`, but page aligned.
+    LowPage,
+    /// Above 1 MiB, page aligned, as low as possible.
     High,
+    /// Above 1 MiB, page aligned, as high as possible but all of it below this address.
+    HighBelow(u64),
 }
 
 /// Hands out RAM that nothing else occupies.
@@ -80,11 +84,12 @@ impl<'a> Placement<'a> {
     ) -> Result<u32, LoadError> {
         let taken_length = length.max(1);
         let found = match place {
-            Place::Low => self
-                .find(INFORMATION, INFORMATION_ALIGNMENT, taken_length)
-                .or_else(|| self.find(FIRST_PAGES, INFORMATION_ALIGNMENT, taken_length))
-                .or_else(|| self.find(HIGH, PAGE_SIZE, taken_length)),
+            Place::Low => self.find_low(INFORMATION_ALIGNMENT, taken_length),
+            Place::LowPage => self.find_low(PAGE_SIZE, taken_length),
             Place::High => self.find(HIGH, PAGE_SIZE, taken_length),
+            Place::HighBelow(limit) => {
+                self.find_highest((HIGH.0, HIGH.1.min(limit)), taken_length)
+            }
         };
         let no_room = LoadError::NoRoom { what, length };
         let start = found.ok_or(no_room)?;
@@ -108,6 +113,33 @@ impl<'a> Placement<'a> {
             ram.write(*at, bytes)?;
         }
         Ok(())
+    }
+
+    fn find_low(&self, alignment: u64, length: u64) -> Option<u64> {
+        self.find(INFORMATION, alignment, length)
+            .or_else(|| self.find(FIRST_PAGES, alignment, length))
+            .or_else(|| self.find(HIGH, PAGE_SIZE, length))
+    }
+
+    /// The highest page-aligned place for `length` bytes within `bounds`.
+    fn find_highest(&self, bounds: (u64, u64), length: u64) -> Option<u64> {
+        let align = |address: u64| address & !(PAGE_SIZE - 1);
+        let usable = self.memory_map.usable().filter_map(|range| {
+            let from = range.start.as_u64().max(bounds.0);
+            let to = range.end().as_u64().min(bounds.1);
+            let mut candidate = align(to.checked_sub(length)?);
+            for &(first, last) in self.taken.iter().rev() {
+                if first >= candidate.checked_add(length)? {
+                    continue;
+                }
+                if last <= candidate {
+                    break;
+                }
+                candidate = align(first.checked_sub(length)?);
+            }
+            (candidate >= from).then_some(candidate)
+        });
+        usable.max()
     }
 
     /// The lowest place for `length` bytes within `bounds`.

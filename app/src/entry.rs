@@ -1,0 +1,95 @@
+//! Puts a processor where the boot protocol wants it.
+
+use umbra_loader::{CODE_SELECTOR, DATA_SELECTOR, DESCRIPTORS_SIZE, EntryState};
+use umbra_vcpu::Vcpu;
+use umbra_vcpu::address::Gva;
+use umbra_vcpu::registers::{ControlRegisters, DescriptorTable, Gpr, Segment, SegmentRegister};
+use x86_64::registers::control::{Cr0Flags, Cr4Flags};
+use x86_64::registers::model_specific::EferFlags;
+
+/// Bit 1 of RFLAGS is always set.
+const RFLAGS_FIXED: u64 = 2;
+const PROTECTED_MODE: Cr0Flags = Cr0Flags::PROTECTED_MODE_ENABLE.union(Cr0Flags::EXTENSION_TYPE);
+
+/// Brings a processor that has just been made to a guest's entry point.
+pub fn enter_state(vcpu: &mut dyn Vcpu, entry: &EntryState) {
+    vcpu.registers_mut().rflags = RFLAGS_FIXED;
+    match *entry {
+        EntryState::Protected32 { eip, eax, ebx } => {
+            const CODE: u16 = 0x08;
+            const DATA: u16 = 0x10;
+            set_segments(vcpu, Segment::flat_code32(CODE), DATA);
+            set_control(
+                vcpu,
+                PROTECTED_MODE,
+                0,
+                Cr4Flags::empty(),
+                EferFlags::empty(),
+            );
+            let registers = vcpu.registers_mut();
+            registers.rip = u64::from(eip);
+            registers.set(Gpr::Rax, u64::from(eax));
+            registers.set(Gpr::Rbx, u64::from(ebx));
+        }
+        EntryState::Linux32 { eip, esi, gdt } => {
+            set_segments(vcpu, Segment::flat_code32(CODE_SELECTOR), DATA_SELECTOR);
+            vcpu.set_gdtr(descriptor_table(gdt));
+            set_control(
+                vcpu,
+                PROTECTED_MODE,
+                0,
+                Cr4Flags::empty(),
+                EferFlags::empty(),
+            );
+            let registers = vcpu.registers_mut();
+            registers.rip = u64::from(eip);
+            registers.set(Gpr::Rsi, u64::from(esi));
+        }
+        EntryState::Long64 { rip, rsi, cr3, gdt } => {
+            set_segments(vcpu, Segment::flat_code64(CODE_SELECTOR), DATA_SELECTOR);
+            vcpu.set_gdtr(descriptor_table(gdt));
+            set_control(
+                vcpu,
+                PROTECTED_MODE | Cr0Flags::PAGING,
+                u64::from(cr3),
+                Cr4Flags::PHYSICAL_ADDRESS_EXTENSION,
+                EferFlags::LONG_MODE_ENABLE | EferFlags::LONG_MODE_ACTIVE,
+            );
+            let registers = vcpu.registers_mut();
+            registers.rip = rip;
+            registers.set(Gpr::Rsi, rsi);
+        }
+    }
+}
+
+fn set_segments(vcpu: &mut dyn Vcpu, code: Segment, data_selector: u16) {
+    const TASK_SELECTOR: u16 = 0x20;
+    for register in SegmentRegister::ALL {
+        let segment = match register {
+            SegmentRegister::Cs => code,
+            SegmentRegister::Ldtr => Segment::UNUSABLE,
+            SegmentRegister::Tr => Segment::busy_tss(TASK_SELECTOR, 0x67),
+            _ => Segment::flat_data32(data_selector),
+        };
+        vcpu.set_segment(register, segment);
+    }
+}
+
+fn set_control(vcpu: &mut dyn Vcpu, cr0: Cr0Flags, cr3: u64, cr4: Cr4Flags, efer: EferFlags) {
+    vcpu.set_control_registers(ControlRegisters {
+        cr0: cr0.bits(),
+        cr2: Gva::new(0),
+        cr3,
+        cr4: cr4.bits(),
+        cr8: 0,
+        efer: efer.bits(),
+        xcr0: 1,
+    });
+}
+
+fn descriptor_table(at: u32) -> DescriptorTable {
+    DescriptorTable {
+        base: Gva::new(u64::from(at)),
+        limit: DESCRIPTORS_SIZE - 1,
+    }
+}
