@@ -41,6 +41,7 @@ mod field {
 
 /// Offsets in the boot parameters only.
 mod parameter {
+    pub const ACPI_ROOT: usize = 0x070;
     pub const MEMORY_MAP_ENTRIES: usize = 0x1e8;
     pub const MEMORY_MAP: usize = 0x2d0;
 }
@@ -320,6 +321,8 @@ impl<'a> BzImage<'a> {
         set(field::INITRD_ADDRESS, &initrd.0.to_le_bytes());
         set(field::INITRD_SIZE, &initrd.1.to_le_bytes());
         set(field::COMMAND_LINE, &command_line_at.to_le_bytes());
+        let acpi_root = request.acpi_root.map_or(0, Gpa::as_u64);
+        set(parameter::ACPI_ROOT, &acpi_root.to_le_bytes());
         let ranges = &map.ranges()[..map.ranges().len().min(MEMORY_MAP_CAPACITY)];
         set(parameter::MEMORY_MAP_ENTRIES, &[ranges.len() as u8]);
         let entries = (parameter::MEMORY_MAP..).step_by(MEMORY_MAP_ENTRY_SIZE);

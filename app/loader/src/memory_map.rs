@@ -8,8 +8,9 @@ use umbra_vcpu::address::{Gpa, PAGE_SIZE};
 const LOW_END: u64 = 0x9_fc00;
 /// Where the RAM behind conventional memory and that KiB ends.
 const LOW_RAM_END: u64 = 0xa_0000;
-/// Where the memory begins in which firmware leaves its tables. It ends with the BIOS area.
-const FIRMWARE_START: u64 = 0xe_0000;
+/// Where the memory begins in which firmware leaves its tables and option ROMs. It ends with the BIOS
+/// area.
+const FIRMWARE_START: u64 = 0xc_0000;
 /// Where memory goes on above the legacy video and BIOS area.
 const HIGH_START: u64 = 0x10_0000;
 /// Where the hole for devices below 4 GiB begins.

@@ -87,9 +87,7 @@ impl<'a> Placement<'a> {
             Place::Low => self.find_low(INFORMATION_ALIGNMENT, taken_length),
             Place::LowPage => self.find_low(PAGE_SIZE, taken_length),
             Place::High => self.find(HIGH, PAGE_SIZE, taken_length),
-            Place::HighBelow(limit) => {
-                self.find_highest((HIGH.0, HIGH.1.min(limit)), taken_length)
-            }
+            Place::HighBelow(limit) => self.find_highest((HIGH.0, HIGH.1.min(limit)), taken_length),
         };
         let no_room = LoadError::NoRoom { what, length };
         let start = found.ok_or(no_room)?;
