@@ -70,7 +70,7 @@ pub fn put_identity_tables(placement: &mut Placement<'_>) -> Result<u32, LoadErr
     entries.extend((0..DIRECTORIES).map(|directory| table(2 + directory)));
     entries.resize(2 * ENTRIES as usize, 0);
     let pages = 0..DIRECTORIES * ENTRIES;
-    entries.extend(pages.map(|page| page * LARGE_PAGE_SIZE | LARGE_PAGE | PRESENT_WRITABLE));
+    entries.extend(pages.map(|page| (page * LARGE_PAGE_SIZE) | LARGE_PAGE | PRESENT_WRITABLE));
     let bytes: Vec<u8> = entries.into_iter().flat_map(u64::to_le_bytes).collect();
     placement.fill(root, bytes);
     Ok(root)

@@ -14,7 +14,9 @@ fn good(image: &[u8]) -> (Loaded, Ram) {
 }
 
 fn registers(loaded: &Loaded) -> (u32, u32, u64) {
-    let EntryState::Protected32 { eip, eax, ebx } = loaded.entry;
+    let EntryState::Protected32 { eip, eax, ebx } = loaded.entry else {
+        panic!("{loaded:?}");
+    };
     (eip, eax, u64::from(ebx))
 }
 

@@ -369,7 +369,35 @@ pub fn multiboot_flat() -> Vec<u8> {
     file
 }
 
-/// One good image of each kind.
+/// A relocatable bzImage of boot protocol 2.15 that prefers 2 MiB and needs 1 MiB there.
+pub fn bz_image() -> Vec<u8> {
+    let mut file = vec![0; 2 * 512];
+    for (offset, bytes) in [
+        (0x1f1, &[1][..]),
+        (0x1f4, &[4, 0, 0, 0]),
+        (0x1fe, &[0x55, 0xaa]),
+        (0x200, &[0xeb, 0x6a]),
+        (0x202, b"HdrS"),
+        (0x206, &[0x0f, 0x02]),
+        (0x211, &[1]),
+        (0x22c, &[0xff, 0xff, 0xff, 0x7f]),
+        (0x230, &[0, 0x10, 0, 0]),
+        (0x234, &[1]),
+        (0x236, &[0x7f, 0]),
+        (0x238, &[0xff, 0x07, 0, 0]),
+        (0x258, &[0, 0, 0x20, 0, 0, 0, 0, 0]),
+        (0x260, &[0, 0, 0x10, 0]),
+    ] {
+        file[offset..offset + bytes.len()].copy_from_slice(bytes);
+    }
+    file.extend(BZ_IMAGE_SYSTEM);
+    file
+}
+
+/// The part of [`bz_image`] that goes to memory.
+pub const BZ_IMAGE_SYSTEM: [u8; 64] = [0x5a; 64];
+
+/// One good image of each kind that takes any number of modules.
 pub fn good_images() -> Vec<(&'static str, Vec<u8>)> {
     vec![
         ("Multiboot ELF32", multiboot_elf(Class::Elf32).build()),
