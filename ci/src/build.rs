@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use serde::Deserialize;
 
-use crate::command::Step;
+use crate::command::{Step, clean};
 use crate::guest::{self, Guest, Source};
 use crate::kernel;
 use crate::linux;
@@ -103,7 +103,12 @@ impl<'a> Builder<'a> {
     }
 
     fn own_guest(&self, guest: &Guest) -> PathBuf {
-        self.binary(&guest.target, &guest.name)
+        let linked = self.binary(&guest.target, &guest.name);
+        if guest.is_elf32() {
+            linked.with_extension("elf32")
+        } else {
+            linked
+        }
     }
 
     fn default_guest(&self) -> Result<PathBuf> {
@@ -163,6 +168,13 @@ impl<'a> Builder<'a> {
                 command.args(["--bin", &guest.name]);
             }
             Step::new(&format!("building the guests for {target}")).run(&mut command)?;
+        }
+        for guest in self.guests.iter().filter(|guest| guest.is_elf32()) {
+            let mut command = clean("objcopy");
+            command.args(["-O", "elf32-i386"]);
+            command.arg(self.binary(&guest.target, &guest.name));
+            command.arg(self.own_guest(guest));
+            Step::new(&format!("making {} an ELF32", guest.name)).run(&mut command)?;
         }
         Ok(())
     }

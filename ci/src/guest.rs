@@ -18,6 +18,8 @@ pub struct Guest {
     pub name: String,
     /// The Rust target that it is built for.
     pub target: String,
+    /// How it may be loaded.
+    format: Vec<String>,
     /// Umbra's exit code when it has run.
     pub expect_exit_code: u8,
     /// What it prints, in this order.
@@ -27,6 +29,14 @@ pub struct Guest {
     /// Whether it takes so long that it only runs when asked for.
     #[serde(default)]
     pub long: bool,
+}
+
+impl Guest {
+    /// Whether it is a 64-bit program that is made an ELF32 after it is linked, as Multiboot loaders
+    /// want it.
+    pub fn is_elf32(&self) -> bool {
+        self.format.iter().any(|format| format == "elf32")
+    }
 }
 
 #[derive(Deserialize)]

@@ -37,6 +37,8 @@ pub struct BootInfo {
     pub command_line: &'static [u8],
     /// Bytes of RAM that the memory map lists.
     pub ram_bytes: u64,
+    /// Where the highest RAM of the memory map ends; 0 without a map.
+    pub ram_end: u64,
     /// Number of entries in the memory map.
     pub memory_map_entries: u32,
     modules: u32,
@@ -69,6 +71,7 @@ impl BootInfo {
             protocol: Protocol::Multiboot,
             command_line: text(field(1 << 2, 16)),
             ram_bytes: 0,
+            ram_end: 0,
             memory_map_entries: 0,
             modules: field(1 << 3, 20),
             module_table: field(1 << 3, 24),
@@ -77,7 +80,7 @@ impl BootInfo {
         let mut offset = 0;
         while offset < length {
             let entry = map + offset;
-            boot.add_memory(load64(entry + 12), load(entry + 20));
+            boot.add_memory(load64(entry + 4), load64(entry + 12), load(entry + 20));
             offset += load(entry) + 4;
         }
         boot
@@ -89,6 +92,7 @@ impl BootInfo {
             protocol: Protocol::Pvh,
             command_line: text(load(info + 24)),
             ram_bytes: 0,
+            ram_end: 0,
             memory_map_entries: 0,
             modules: load(info + 12),
             module_table: load(info + 16),
@@ -97,16 +101,17 @@ impl BootInfo {
             let map = load(info + 40);
             for index in 0..load(info + 48) {
                 let entry = map + index * 24;
-                boot.add_memory(load64(entry + 8), load(entry + 16));
+                boot.add_memory(load64(entry), load64(entry + 8), load(entry + 16));
             }
         }
         boot
     }
 
-    fn add_memory(&mut self, length: u64, kind: u32) {
+    fn add_memory(&mut self, start: u64, length: u64, kind: u32) {
         self.memory_map_entries += 1;
         if kind == RAM {
             self.ram_bytes += length;
+            self.ram_end = self.ram_end.max(start + length);
         }
     }
 

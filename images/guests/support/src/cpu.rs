@@ -35,6 +35,7 @@ pub mod cr4 {
     pub const OSXSAVE: usize = 1 << 18;
     pub const SMEP: usize = 1 << 20;
     pub const SMAP: usize = 1 << 21;
+    pub const PKE: usize = 1 << 22;
 }
 
 /// RFLAGS bits.
@@ -281,6 +282,7 @@ pub enum Feature {
     Pat,
     Msr,
     Apic,
+    X2Apic,
     Pcid,
     Xsave,
     Fxsr,
@@ -289,6 +291,8 @@ pub enum Feature {
     Smep,
     Smap,
     Umip,
+    Pku,
+    OsPke,
     Invpcid,
     Nx,
     Gibibyte,
@@ -319,6 +323,7 @@ pub fn has(feature: Feature) -> bool {
         Feature::Msr => (basic.edx, 5),
         Feature::Pae => (basic.edx, 6),
         Feature::Apic => (basic.edx, 9),
+        Feature::X2Apic => (basic.ecx, 21),
         Feature::Sep => (basic.edx, 11),
         Feature::Pge => (basic.edx, 13),
         Feature::Pat => (basic.edx, 16),
@@ -332,6 +337,8 @@ pub fn has(feature: Feature) -> bool {
         Feature::Invpcid => (structured.ebx, 10),
         Feature::Smap => (structured.ebx, 20),
         Feature::Umip => (structured.ecx, 2),
+        Feature::Pku => (structured.ecx, 3),
+        Feature::OsPke => (structured.ecx, 4),
         Feature::Syscall => (extended.edx, 11),
         Feature::Nx => (extended.edx, 20),
         Feature::Gibibyte => (extended.edx, 26),
@@ -347,6 +354,34 @@ pub fn physical_address_bits() -> u32 {
         cpuid(0x8000_0008, 0).eax & 0xff
     } else {
         36
+    }
+}
+
+/// STAC: suspends SMAP for ring 0's own accesses.
+pub fn suspend_access_prevention() {
+    // SAFETY: RFLAGS.AC means nothing else in ring 0.
+    unsafe { asm!("stac", options(nostack)) };
+}
+
+/// CLAC: ends what [`suspend_access_prevention`] began.
+pub fn resume_access_prevention() {
+    // SAFETY: as for STAC.
+    unsafe { asm!("clac", options(nostack)) };
+}
+
+/// RDPKRU with this ECX, which must be 0: EDX and EAX.
+pub fn rdpkru(ecx: u32) -> (u32, u32) {
+    let (eax, edx);
+    // SAFETY: it only reads the register.
+    unsafe { asm!("rdpkru", in("ecx") ecx, out("eax") eax, out("edx") edx, options(nostack)) };
+    (edx, eax)
+}
+
+/// WRPKRU with these ECX and EDX, which must be 0.
+pub fn wrpkru(ecx: u32, edx: u32, rights: u32) {
+    // SAFETY: it narrows what user pages allow, and no Rust object lies in one.
+    unsafe {
+        asm!("wrpkru", in("ecx") ecx, in("edx") edx, in("eax") rights, options(nostack));
     }
 }
 

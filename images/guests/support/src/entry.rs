@@ -8,7 +8,7 @@ use crate::{console, cpu, println, tables};
 
 /// Declares a guest: `guest!("name", multiboot, main)`, where `main` is a
 /// `fn(&BootInfo, &mut Checks)`. The middle word is how the image may be loaded: `multiboot` (an
-/// ELF32's own addresses), `kludge` (Multiboot with the header's address fields), `pvh`, or
+/// ELF32's own addresses; a 64-bit guest is made one after it is linked), `kludge` (Multiboot with the header's address fields), `pvh`, or
 /// `kludge_and_pvh`. When `main` returns, the guest has passed.
 #[macro_export]
 macro_rules! guest {

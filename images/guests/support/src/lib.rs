@@ -14,12 +14,14 @@
 
 #![no_std]
 
+pub mod apic;
 pub mod boot;
 pub mod check;
 pub mod console;
 pub mod cpu;
 pub mod entry;
 pub mod exceptions;
+pub mod firmware;
 pub mod hello;
 pub mod memory;
 pub mod paging;

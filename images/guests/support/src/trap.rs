@@ -44,7 +44,7 @@ pub struct Trap {
     pub error_code: u32,
     /// CR2 (meaningful for #PF).
     pub cr2: usize,
-    /// DR6 (meaningful for #DB).
+    /// DR6 after #DB, else 0: under a hypervisor it costs an exit to read.
     pub dr6: usize,
     /// The saved instruction pointer.
     pub ip: usize,
@@ -188,7 +188,11 @@ extern "C" fn handle(frame: &mut Frame) {
         vector: frame.vector as u8,
         error_code: frame.error_code as u32,
         cr2: read_cr2(),
-        dr6: read_dr6(),
+        dr6: if frame.vector == usize::from(vector::DB) {
+            read_dr6()
+        } else {
+            0
+        },
         ip: frame.ip,
         cs: frame.cs & 0xffff,
         flags: frame.flags,

@@ -16,7 +16,7 @@ use crate::check::Checks;
 pub use random::Numbers;
 use space::Space;
 use suite::Suite;
-pub use suite::{call, error};
+pub use suite::{CODE_RESULT, USER_ENTRY, call, copy_code, error};
 
 /// Runs all checks of one mode. Paging must be on with `space`.
 pub fn run(boot: &BootInfo, checks: &mut Checks, space: Space) {

@@ -19,9 +19,10 @@ pub mod error {
     pub const USER: u32 = 1 << 2;
     pub const RESERVED: u32 = 1 << 3;
     pub const FETCH: u32 = 1 << 4;
+    pub const KEY: u32 = 1 << 5;
 }
 
-/// What the code that [`Suite::fresh_code`] writes returns in EAX.
+/// What the code that [`copy_code`] writes returns in EAX.
 pub const CODE_RESULT: u32 = 0x600d_c0de;
 
 /// Offset of its entry for ring 3.
@@ -78,12 +79,7 @@ impl<'a> Suite<'a> {
     /// [`USER_ENTRY`] ends with it for ring 3.
     pub fn fresh_code(&mut self, index: usize, flags: u64) -> (VirtAddr, PhysAddr) {
         let (page, frame) = self.fresh(index, flags);
-        let [a, b, c, d] = CODE_RESULT.to_le_bytes();
-        copy_to(frame, &[0xb8, a, b, c, d, 0xc3]);
-        copy_to(
-            frame.plus(USER_ENTRY as u64),
-            &[0xb8, a, b, c, d, 0xcd, vector::DONE],
-        );
+        copy_code(frame);
         (page, frame)
     }
 
@@ -213,6 +209,17 @@ impl<'a> Suite<'a> {
     }
 }
 
+/// Writes code into `frame` that returns [`CODE_RESULT`] to ring 0, and at [`USER_ENTRY`] ends with
+/// it for ring 3.
+pub fn copy_code(frame: PhysAddr) {
+    let [a, b, c, d] = CODE_RESULT.to_le_bytes();
+    copy_to(frame, &[0xb8, a, b, c, d, 0xc3]);
+    copy_to(
+        frame.plus(USER_ENTRY as u64),
+        &[0xb8, a, b, c, d, 0xcd, vector::DONE],
+    );
+}
+
 /// Calls the code at `address`.
 ///
 /// # Errors
@@ -221,7 +228,7 @@ impl<'a> Suite<'a> {
 pub fn call(address: VirtAddr) -> Result<u32, Trap> {
     catch(|| {
         let result: u32;
-        // SAFETY: the code there (`Suite::fresh_code`) only sets EAX; a fault is caught.
+        // SAFETY: the code there (`copy_code`) only sets EAX; a fault is caught.
         unsafe { asm!("call {}", in(reg) address.0, lateout("eax") result, clobber_abi("C")) };
         result
     })
