@@ -59,7 +59,7 @@ impl Driver {
                 Self::Svm(core) => core.extended_components(),
                 Self::Vmx(vmx) => vmx.extended_components(),
             },
-            unsupported: Features::PCID | Features::PKU | Features::LA57 | Features::UMIP,
+            unsupported: Features::PCID | Features::LA57,
         }
     }
 

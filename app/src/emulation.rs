@@ -49,7 +49,7 @@ pub fn run(guest: &mut Guest, why: impl FnOnce() -> String) -> Result<(), End> {
 }
 
 /// The instruction's bytes, as far as the guest may fetch them now.
-fn fetch(guest: &mut Guest, bytes: &mut [u8; MAX_LENGTH]) -> usize {
+pub fn fetch(guest: &mut Guest, bytes: &mut [u8; MAX_LENGTH]) -> usize {
     let control = guest.vcpu.control_registers();
     let level = guest.vcpu.privilege_level();
     let address = code_address(guest, 0);

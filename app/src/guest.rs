@@ -21,7 +21,7 @@ use umbra_vcpu::{EntryFailure, Flush, TimeSlice, Vcpu};
 
 use crate::memory::GuestHost;
 use crate::paging::Paging;
-use crate::{control, mmio, platform, ports, timestamp};
+use crate::{control, mmio, platform, ports, protection_keys, timestamp};
 
 /// The longest time that a guest runs without the loop looking at its clock, in microseconds.
 const TICK_MICROSECONDS: u64 = 10_000;
@@ -228,6 +228,9 @@ impl Guest {
             } => self.page_fault(address, error_code),
             // A machine check is the host's, and the driver has handed it over.
             Exit::Exception(exception) if exception.vector == vector::MACHINE_CHECK => Ok(()),
+            Exit::Exception(exception) if exception.vector == vector::INVALID_OPCODE => {
+                protection_keys::invalid_opcode(self)
+            }
             Exit::Exception(exception) => self.raise(exception),
             Exit::HostInterrupt | Exit::TimeSliceEnd => {
                 self.advance_time();

@@ -30,6 +30,7 @@ mod physical;
 mod platform;
 mod ports;
 mod pressure;
+mod protection_keys;
 #[allow(unsafe_code, reason = "measuring it needs ports")]
 mod timestamp;
 

@@ -7,7 +7,7 @@ use alloc::sync::Arc;
 
 use umbra_mmu::{
     Access, AccessKind, Cr3, Fault, FaultOutcome, InvalidPdpte, Marking, Mmu, MmuError, PageFault,
-    PagingRegisters, RootChange, TranslateError, Vcpu as PagingVcpu,
+    PagingRegisters, Pkru, RootChange, TranslateError, Vcpu as PagingVcpu,
 };
 use umbra_vcpu::address::{Gpa, Gva, PAGE_SIZE};
 use umbra_vcpu::instruction::MAX_LENGTH;
@@ -86,6 +86,16 @@ impl Paging {
         self.code_page = None;
         self.mmu.load_registers(&mut self.vcpu, registers);
         Ok(())
+    }
+
+    /// What the guest's protection keys forbid, while its CR4.PKE is set.
+    pub fn protection_keys(&self) -> Pkru {
+        self.vcpu.pkru()
+    }
+
+    /// WRPKRU.
+    pub fn set_protection_keys(&mut self, rights: Pkru) {
+        self.mmu.set_pkru(&mut self.vcpu, rights);
     }
 
     /// The root for the next entry.

@@ -23,7 +23,7 @@ use crate::decode::{CONTRIBUTORY, exit_code};
 use crate::entry;
 use crate::exits::Outcome;
 use crate::injection::{self, Interrupted};
-use crate::vcpu::{EXCEPTIONS, PendingFlush, Step, StepReason, SvmVcpu, flush_guest};
+use crate::vcpu::{PendingFlush, Step, StepReason, SvmVcpu, flush_guest};
 use crate::vmcb::{Intercepts3, InterruptControl, TlbControl};
 
 const TRAP: u64 = RFlags::TRAP_FLAG.bits();
@@ -130,7 +130,7 @@ impl SvmVcpu {
         let windows = self.windows();
         let event = self.events.next_event(windows);
         self.injected = event;
-        let mut exceptions = EXCEPTIONS;
+        let mut exceptions = self.intercepted_exceptions();
         if let Some(event) = event {
             if let Event::Exception(exception) = event {
                 if let Some(address) = exception.address {

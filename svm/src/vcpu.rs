@@ -47,7 +47,7 @@ const CR4_CET: u64 = 1 << 23;
 /// Exceptions that always exit. #PF belongs to the MMU, #MC to the host; a guest whose #DB or #AC
 /// handler raises the same again would otherwise never leave the processor's microcode
 /// (CVE-2015-5307, CVE-2015-8104).
-pub(crate) const EXCEPTIONS: u32 = 1 << vector::DEBUG
+const EXCEPTIONS: u32 = 1 << vector::DEBUG
     | 1 << vector::PAGE_FAULT
     | 1 << vector::ALIGNMENT_CHECK
     | 1 << vector::MACHINE_CHECK;
@@ -271,6 +271,16 @@ impl SvmVcpu {
         }
     }
 
+    /// The exceptions that exit now. The hardware has CR4.PKE clear, so that RDPKRU and WRPKRU raise
+    /// #UD; a guest that has it set wants them carried out.
+    pub(crate) const fn intercepted_exceptions(&self) -> u32 {
+        if self.control.cr4 & CR4_PKE == 0 {
+            EXCEPTIONS
+        } else {
+            EXCEPTIONS | 1 << vector::INVALID_OPCODE
+        }
+    }
+
     pub(crate) fn in_interrupt_shadow(&self) -> bool {
         self.vmcb().control.interrupt_shadow & INTERRUPT_SHADOW != 0
     }
@@ -282,13 +292,14 @@ impl SvmVcpu {
         let paging = self.paging;
         let efer_bits = self.core.capabilities.efer_bits;
         let cr0 = (guest.cr0 | CR0_ET | CR0_NE | CR0_WP | CR0_PG) & !(CR0_CD | CR0_NW);
-        let mut cr4 = (guest.cr4 | CR4_PAE) & !(CR4_LA57 | CR4_PCIDE | CR4_VMXE | CR4_CET);
+        let mut cr4 =
+            (guest.cr4 | CR4_PAE) & !(CR4_LA57 | CR4_PCIDE | CR4_VMXE | CR4_PKE | CR4_CET);
         if paging.mode == ShadowMode::FiveLevel {
             cr4 |= CR4_LA57;
         }
         if guest.cr0 & CR0_PG == 0 {
             // Without paging of its own the guest has no user pages, but the shadow tables do.
-            cr4 &= !(CR4_SMEP | CR4_SMAP | CR4_PKE);
+            cr4 &= !(CR4_SMEP | CR4_SMAP);
         }
         let mut efer = (guest.efer & efer_bits) | efer::SVME | efer::NXE;
         if paging.mode != ShadowMode::Pae && guest.efer & efer::LMA != 0 {
@@ -312,6 +323,11 @@ impl SvmVcpu {
         vmcb.control.intercept_cr_reads = reads;
         vmcb.control.intercept_cr_writes = !(1 << 2);
         self.unchecked = true;
+        let intercepted = self.vmcb().control.intercept_exceptions;
+        let invalid_opcode = 1 << vector::INVALID_OPCODE;
+        if (intercepted ^ self.intercepted_exceptions()) & invalid_opcode != 0 {
+            self.usual_events = false;
+        }
     }
 
     fn segment_field(&self, register: SegmentRegister) -> SegmentField {

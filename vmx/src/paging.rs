@@ -35,10 +35,9 @@ const CR4_PASSED: u64 = CR4_GUEST_OWNED
     | Cr4Flags::OSXSAVE.bits();
 
 /// Bits of CR4 that act on user pages: without guest paging there are none, but the shadow tables
-/// then map everything as user pages.
+/// then map everything as user pages. Protection keys are not among them: the shadow tables have none.
 const CR4_WITH_GUEST_PAGING: u64 = Cr4Flags::SUPERVISOR_MODE_EXECUTION_PROTECTION.bits()
-    | Cr4Flags::SUPERVISOR_MODE_ACCESS_PREVENTION.bits()
-    | Cr4Flags::PROTECTION_KEY_USER.bits();
+    | Cr4Flags::SUPERVISOR_MODE_ACCESS_PREVENTION.bits();
 
 /// What the VMCS holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -144,14 +143,14 @@ mod tests {
 
     #[test]
     fn a_long_mode_guest_keeps_its_protections() {
-        let smep_smap_pcide = 1 << 20 | 1 << 21 | 1 << 17;
+        let smep_smap_pcide_pke = 1 << 20 | 1 << 21 | 1 << 17 | 1 << 22;
         let hardware = derive(
             0x8000_0011,
-            smep_smap_pcide | 0x20,
+            smep_smap_pcide_pke | 0x20,
             0x501,
             ShadowMode::FourLevel,
         );
-        assert_eq!(hardware.cr4, 1 << 20 | 1 << 21 | 0x2060, "no PCIDE");
+        assert_eq!(hardware.cr4, 1 << 20 | 1 << 21 | 0x2060, "no PCIDE, no PKE");
         assert_eq!(hardware.efer, 0xd01);
     }
 

@@ -22,6 +22,7 @@ use umbra_vcpu::registers::{
 };
 use umbra_vcpu::{CodeReader, EntryFailure, Flush, MsrError, ShadowPaging, TimeSlice, Vcpu};
 use x86_64::instructions::interrupts;
+use x86_64::registers::control::Cr4Flags;
 use x86_64::registers::rflags::RFlags;
 
 use crate::bank::Bank;
@@ -34,12 +35,22 @@ use crate::{fields, msr};
 
 mod run;
 
-/// The exceptions that exit: #PF for shadow paging; #DB and #AC because a guest can make their
+/// The exceptions that always exit: #PF for shadow paging; #DB and #AC because a guest can make their
 /// delivery raise them again for ever (CVE-2015-5307, CVE-2015-8104); #MC is the host's.
 const INTERCEPTED_EXCEPTIONS: u32 = 1 << vector::PAGE_FAULT
     | 1 << vector::DEBUG
     | 1 << vector::ALIGNMENT_CHECK
     | 1 << vector::MACHINE_CHECK;
+
+/// The exceptions that exit for a guest with this CR4. The hardware has CR4.PKE clear, so that RDPKRU
+/// and WRPKRU raise #UD; a guest that has it set wants them carried out.
+const fn intercepted_exceptions(guest_cr4: u64) -> u32 {
+    if guest_cr4 & Cr4Flags::PROTECTION_KEY_USER.bits() == 0 {
+        INTERCEPTED_EXCEPTIONS
+    } else {
+        INTERCEPTED_EXCEPTIONS | 1 << vector::INVALID_OPCODE
+    }
+}
 
 /// The guest runs no longer than this without an exit, in ticks of the time-stamp counter, if there
 /// is a preemption timer. Real processors exit for the host's interrupts anyway; Bochs 2.7 holds

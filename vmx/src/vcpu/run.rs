@@ -17,7 +17,8 @@ use x86_64::registers::control::Cr4Flags;
 use x86_64::registers::rflags::RFlags;
 
 use super::{
-    EferSide, LONGEST_RUN, Pending, VmxVcpu, merge, read_segment, read_table, write_efer_entry,
+    EferSide, LONGEST_RUN, Pending, VmxVcpu, intercepted_exceptions, merge, read_segment,
+    read_table, write_efer_entry,
 };
 use crate::capabilities::Capabilities;
 use crate::check::{self, GuestState, Interruptibility, Rules};
@@ -88,6 +89,10 @@ impl VmxVcpu {
         vmcs.write(fields::GUEST_CR4, new.cr4);
         vmcs.write(fields::CR0_READ_SHADOW, new.cr0_shadow);
         vmcs.write(fields::CR4_READ_SHADOW, new.cr4_shadow);
+        if old.cr4_shadow != new.cr4_shadow {
+            let exceptions = intercepted_exceptions(new.cr4_shadow);
+            vmcs.write(fields::EXCEPTION_BITMAP, exceptions);
+        }
         if old.efer != new.efer {
             match &self.efer_area {
                 None => vmcs.write(fields::GUEST_EFER, new.efer),

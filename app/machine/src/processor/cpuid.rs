@@ -70,11 +70,16 @@ const LEAF_7_EBX: u32 = bits([
 const LEAF_7_EBX_TSC_ADJUST: u32 = 1 << 1;
 const LEAF_7_EBX_AVX: u32 = 1 << 5;
 const LEAF_7_EBX_AVX512: u32 = bits([16, 17, 21, 28, 30, 31]);
-/// AVX-512 VBMI, VBMI2, GFNI, VAES, VPCLMULQDQ, VNNI, BITALG, VPOPCNTDQ; RDPID, MOVDIRI, MOVDIR64B.
-const LEAF_7_ECX: u32 = bits([1, 6, 8, 9, 10, 11, 12, 14, 22, 27, 28]);
+/// UMIP; AVX-512 VBMI, VBMI2, GFNI, VAES, VPCLMULQDQ, VNNI, BITALG, VPOPCNTDQ; RDPID, MOVDIRI,
+/// MOVDIR64B.
+const LEAF_7_ECX: u32 = bits([1, 2, 6, 8, 9, 10, 11, 12, 14, 22, 27, 28]);
 const LEAF_7_ECX_AVX: u32 = bits([9, 10]);
 const LEAF_7_ECX_AVX512: u32 = bits([1, 6, 11, 12, 14]);
 const LEAF_7_ECX_RDPID: u32 = 1 << 22;
+const LEAF_7_ECX_UMIP: u32 = 1 << 2;
+/// Protection keys, which the shadow MMU does whatever the host's processor can.
+const LEAF_7_ECX_PKU: u32 = 1 << 3;
+const LEAF_7_ECX_OSPKE: u32 = 1 << 4;
 /// Fast short REP MOVSB, VP2INTERSECT, SERIALIZE, AVX-512 FP16.
 const LEAF_7_EDX: u32 = bits([4, 8, 14, 23]);
 const LEAF_7_EDX_AVX512: u32 = bits([8, 23]);
@@ -187,6 +192,9 @@ impl CpuidPolicy {
                 if !apic_base.is_enabled() {
                     result.edx &= !LEAF_1_EDX_APIC;
                 }
+            }
+            7 if subleaf == 0 && control.cr4 & Cr4Flags::PROTECTION_KEY_USER.bits() != 0 => {
+                result.ecx |= LEAF_7_ECX_OSPKE;
             }
             0x8000_0001 if !apic_base.is_enabled() => result.edx &= !LEAF_1_EDX_APIC,
             _ => {}
@@ -302,6 +310,12 @@ impl CpuidPolicy {
                 let mut ecx = filter(leaf.ecx, LEAF_7_ECX, LEAF_7_ECX_AVX, LEAF_7_ECX_AVX512);
                 if !self.has_feature(Features::RDTSCP) {
                     ecx &= !LEAF_7_ECX_RDPID;
+                }
+                if !self.has_feature(Features::UMIP) {
+                    ecx &= !LEAF_7_ECX_UMIP;
+                }
+                if self.has_feature(Features::PKU) {
+                    ecx |= LEAF_7_ECX_PKU;
                 }
                 CpuidResult {
                     eax: subleaves.min(1),
@@ -644,7 +658,7 @@ mod tests {
         for bit in [2, 4, 10, 11, 12, 14, 15, 22, 25] {
             assert_eq!(leaf_7.ebx & (1 << bit), 0, "leaf 7 EBX bit {bit}");
         }
-        for bit in [2, 3, 4, 5, 7, 16, 23, 30, 31] {
+        for bit in [4, 5, 7, 16, 23, 30, 31] {
             assert_eq!(leaf_7.ecx & (1 << bit), 0, "leaf 7 ECX bit {bit}");
         }
         for bit in [20, 24, 25, 26, 27, 28, 29, 30, 31] {
@@ -680,12 +694,17 @@ mod tests {
     }
 
     #[test]
-    fn osxsave_and_apic_follow_the_guests_registers() {
+    fn osxsave_ospke_and_apic_follow_the_guests_registers() {
         let policy = CpuidPolicy::new(&everything, &LIMITS);
         let control = ControlRegisters {
-            cr4: 1 << 18,
+            cr4: 1 << 18 | 1 << 22,
             ..CONTROL
         };
+        let ospke = |control, subleaf| {
+            let leaf = policy.query(&everything, 7, subleaf, control, ApicBase::default());
+            leaf.ecx & LEAF_7_ECX_OSPKE != 0
+        };
+        assert!(ospke(&control, 0) && !ospke(&control, 1) && !ospke(&CONTROL, 0));
         let leaf = policy.query(&everything, 1, 0, &control, ApicBase::default());
         assert_ne!(leaf.ecx & LEAF_1_ECX_OSXSAVE, 0);
         assert_ne!(leaf.edx & LEAF_1_EDX_APIC, 0);
@@ -698,7 +717,7 @@ mod tests {
     fn features_say_what_cpuid_shows() {
         let policy = CpuidPolicy::new(&everything, &LIMITS);
         let features = policy.features();
-        let hidden = Features::PCID | Features::PKU | Features::LA57 | Features::UMIP;
+        let hidden = Features::PCID | Features::LA57;
         assert_eq!(features.features, Features::all() - hidden);
         assert_eq!(features.physical_address_bits, 40);
         assert_eq!(features.reserved_address_bits(), !((1 << 40) - 1));
@@ -709,7 +728,7 @@ mod tests {
     fn the_driver_can_take_features_away() {
         let limits = DriverLimits {
             extended_state: 0,
-            unsupported: Features::RDTSCP,
+            unsupported: Features::RDTSCP | Features::PKU | Features::UMIP,
         };
         let policy = CpuidPolicy::new(&everything, &limits);
         let query =
@@ -717,7 +736,8 @@ mod tests {
         assert!(!policy.features().has(Features::RDTSCP));
         assert!(!policy.features().has(Features::XSAVE));
         assert_eq!(query(0x8000_0001, 0).edx & EXTENDED_1_EDX_RDTSCP, 0);
-        assert_eq!(query(7, 0).ecx & LEAF_7_ECX_RDPID, 0);
+        let keys_and_umip = LEAF_7_ECX_PKU | LEAF_7_ECX_UMIP;
+        assert_eq!(query(7, 0).ecx & (LEAF_7_ECX_RDPID | keys_and_umip), 0);
         assert_eq!(query(1, 0).ecx & (LEAF_1_ECX_AVX | LEAF_1_ECX_XSAVE), 0);
         assert_eq!(query(7, 0).ebx & (LEAF_7_EBX_AVX | LEAF_7_EBX_AVX512), 0);
         assert_eq!(query(0xd, 0), NOTHING);
