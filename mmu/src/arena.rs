@@ -52,18 +52,21 @@ impl<T: Default> Arena<T> {
         }
     }
 
-    /// Puts `item` somewhere and names it.
+    /// Names an item that nobody uses; it has the default value.
     #[inline]
-    pub fn take(&mut self, item: T) -> u32 {
-        if let Some(number) = self.free.pop() {
-            self.items[number as usize] = item;
-            return number;
+    pub fn take(&mut self) -> u32 {
+        match self.free.pop() {
+            Some(number) => number,
+            None => self.append(),
         }
+    }
+
+    fn append(&mut self) -> u32 {
         debug_assert!(
             self.items.len() < self.items.capacity(),
             "an arena ran out of room"
         );
-        self.items.push(item);
+        self.items.push(T::default());
         (self.items.len() - 1) as u32
     }
 

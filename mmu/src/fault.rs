@@ -4,7 +4,7 @@ use crate::config::MINIMUM_FREE_PAGES;
 use crate::error::{MmuError, NoPageAvailable};
 use crate::host::{Host, SlotId, Touch};
 use crate::level::Level;
-use crate::page::{ActivePage, ShadowPage};
+use crate::page::{ActivePage, NewPage, PageId, ShadowPage};
 use crate::registers::{AccessKind, Attempt, Fault, GuestPaging, Marking, PageFault, Rights};
 use crate::role::Role;
 use crate::slot::SlotFlags;
@@ -145,27 +145,29 @@ impl<H: Host> Core<'_, H> {
         }
     }
 
-    /// Makes sure that the pages missing on the path can be made: the fault's exact worst case.
+    /// Makes sure that the pages missing on the path can be made: the fault's exact worst case. All
+    /// is there down to `last`. Returns the page to go on from.
     fn reserve_path(
         &mut self,
         root: ActivePage,
+        last: ActivePage,
         walk: &Walk,
         gva: Gva,
         level: Level,
-    ) -> Result<(), MmuError> {
-        // The usual case: there is room for a page at every level, whatever exists already.
-        let top = self.state.pages[root.id()].role.level;
-        let most = usize::from(top.number().saturating_sub(level.number()));
+    ) -> Result<ActivePage, MmuError> {
+        // The usual case: there is room for a page at every level below, whatever exists already.
+        let lowest = self.state.pages[last.id()].role.level;
+        let most = usize::from(lowest.number().saturating_sub(level.number()));
         if self.available() >= most + MINIMUM_FREE_PAGES && self.budget.reserve(most) {
             self.state.reserved += most;
-            return Ok(());
+            return Ok(last);
         }
         // Making room may zap pages on the path itself, so what is missing is counted anew until
         // it is covered: at most once for each level.
         loop {
             let missing = self.missing(root, walk, gva, level);
             if missing <= self.state.reserved {
-                return Ok(());
+                return Ok(root);
             }
             self.make_pages_available(missing - self.state.reserved)?;
         }
@@ -214,11 +216,20 @@ impl<H: Host> Core<'_, H> {
     }
 
     fn find(&self, gfn: Gfn, role: Role) -> Option<ActivePage> {
-        let found = self.state.pages.of(gfn).find(|id| {
-            let page = &self.state.pages[*id];
-            page.role == role && page.generation == self.state.generation
-        });
-        found.and_then(|id| self.state.pages.active(id))
+        self.find_from(self.state.pages.first_of(gfn), role)
+    }
+
+    /// The page with this role among those of one frame, of which `at` is the first.
+    #[inline]
+    fn find_from(&self, mut at: Option<PageId>, role: Role) -> Option<ActivePage> {
+        while let Some(id) = at {
+            let page = &self.state.pages[id];
+            if page.role == role && page.generation == self.state.generation {
+                return self.state.pages.active(id);
+            }
+            at = self.state.pages.next_same_gfn(id);
+        }
+        None
     }
 
     /// Makes the path of `walk` and its last entry.
@@ -242,6 +253,9 @@ impl<H: Host> Core<'_, H> {
                 return Ok(());
             }
             let spte = Spte(self.host.load(shadow.frame, index));
+            if spte.is_empty() {
+                break;
+            }
             let (gfn, role) = Self::child(shadow, index, walk);
             let Some(child) = self.matching_child(page, index, spte, gfn, role) else {
                 break;
@@ -249,50 +263,55 @@ impl<H: Host> Core<'_, H> {
             self.state.pages[child.id()].write_flooding = 0;
             page = child;
         }
-        self.reserve_path(root, walk, gva, target)?;
-        self.make_path(root, gva, walk, attempt, memory);
+        let from = self.reserve_path(root, page, walk, gva, target)?;
+        self.make_path(from, gva, walk, attempt, memory);
         Ok(())
     }
 
-    /// The same, where a page for every missing level is reserved.
+    /// The same from `page` on, where a page for every missing level is reserved.
     fn make_path(
         &mut self,
-        root: ActivePage,
+        mut page: ActivePage,
         gva: Gva,
         walk: &Walk,
         attempt: Attempt,
         memory: Option<(Pfn, Level)>,
     ) {
         let target = memory.map_or(Level::One, |(_, level)| level);
-        let mut page = root;
-        let mut in_doubt = false;
+        let flushes = self.state.counters.tlb_flush;
         loop {
-            let level = self.state.pages[page.id()].role.level;
-            // What was read is only in doubt after a table was write-protected anew: until the flush
+            // What was read is in doubt only once a table had to be write-protected: until the flush
             // for it, another processor may have gone on writing.
+            let in_doubt = self.state.counters.tlb_flush != flushes;
             if in_doubt && !self.is_current(page, walk) {
                 return;
             }
+            let shadow = &self.state.pages[page.id()];
+            let level = shadow.role.level;
             let index = level.index(gva);
             if level <= target {
                 self.fill_leaf(page, index, walk, attempt, memory);
                 return;
             }
-            let (gfn, role) = Self::child(&self.state.pages[page.id()], index, walk);
-            let spte = self.load(page.id(), index);
-            if let Some(child) = self.matching_child(page, index, spte, gfn, role) {
-                self.state.pages[child.id()].write_flooding = 0;
-                page = child;
-                continue;
+            let (gfn, role) = Self::child(shadow, index, walk);
+            let spte = Spte(self.host.load(shadow.frame, index));
+            if !spte.is_empty() {
+                if let Some(child) = self.matching_child(page, index, spte, gfn, role) {
+                    self.state.pages[child.id()].write_flooding = 0;
+                    page = child;
+                    continue;
+                }
+                self.drop_entry(page.id(), index);
             }
-            self.drop_entry(page.id(), index);
             let Some(child) = self.get_page(gfn, role) else {
                 return;
             };
-            in_doubt = true;
-            // To get the page may have taken a flush, in which another processor changed
-            // the entry that leads to it, or another walk zapped the parent.
-            if self.state.pages.active(page.id()).is_none() || !self.is_current(page, walk) {
+            // Among what came in with the flush may be the entry that leads here.
+            let in_doubt = self.state.counters.tlb_flush != flushes;
+            if self.state.pages.active(page.id()).is_none()
+                || (in_doubt && !self.is_current(page, walk))
+            {
+                self.state.pages.note_orphan(child.id());
                 return;
             }
             self.link(page, index, child);
@@ -403,36 +422,58 @@ impl<H: Host> Core<'_, H> {
     /// The page with this frame and role, up to date; made if there is none.
     ///
     /// `None` only if the caller reserved too little, which the audit would show.
+    #[inline]
     pub fn get_page(&mut self, gfn: Gfn, role: Role) -> Option<ActivePage> {
-        if let Some(page) = self.find(gfn, role) {
-            self.state.pages[page.id()].write_flooding = 0;
-            // Nobody has to flush for a translation that is new, so what is linked must be fresh,
-            // and with it everything below.
-            if role.level == Level::One {
-                self.sync_page(page);
-            } else if !role.is_direct() {
-                self.sync_all();
+        let first = self.state.pages.first_of(gfn);
+        match self.find_from(first, role) {
+            Some(page) => {
+                self.refresh(page);
+                Some(page)
             }
-            return Some(page);
+            None => self.make_page(gfn, role, first),
         }
-        let needs_translations = !(role.is_direct() && role.level == Level::One);
-        let frame = self.state.caches.frames.pop();
-        let translations = if needs_translations {
-            self.state.caches.translations.pop()
-        } else {
+    }
+
+    /// Brings a page up to date that is about to be linked in a new place. Nobody has to flush for a
+    /// translation that is new, so what is linked must be fresh, and with it everything below.
+    fn refresh(&mut self, page: ActivePage) {
+        let shadow = &mut self.state.pages[page.id()];
+        shadow.write_flooding = 0;
+        if shadow.role.level == Level::One {
+            self.sync_page(page);
+        } else if !shadow.role.is_direct() {
+            self.sync_all();
+        }
+    }
+
+    fn make_page(&mut self, gfn: Gfn, role: Role, first: Option<PageId>) -> Option<ActivePage> {
+        let caches = &mut self.state.caches;
+        let frame = caches.frames.pop();
+        let translations = if role.is_direct() && role.level == Level::One {
             None
-        };
-        let (Some(frame), true) = (frame, translations.is_some() == needs_translations) else {
+        } else if let Some(translations) = caches.translations.pop() {
+            Some(translations)
+        } else {
             debug_assert!(false, "the caches were not topped up");
-            self.state.caches.frames.extend(frame);
+            caches.frames.extend(frame);
+            return None;
+        };
+        let Some(frame) = frame else {
+            debug_assert!(false, "the caches were not topped up");
+            caches.translations.extend(translations);
             return None;
         };
         self.state.counters.mmu_cache_miss += 1;
         self.state.used += 1;
         self.state.reserved -= 1;
-        let mut shadow = ShadowPage::new(gfn, role, frame, self.state.generation);
-        shadow.translations = translations;
-        let page = self.state.pages.insert(shadow);
+        let page = NewPage {
+            gfn,
+            role,
+            frame,
+            translations,
+            generation: self.state.generation,
+        };
+        let page = self.state.pages.insert(page, first);
         if !role.is_direct() {
             if let Some(slot) = self.state.slots.of(gfn) {
                 slot.disallow_large(gfn);

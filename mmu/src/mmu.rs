@@ -16,7 +16,7 @@ use crate::fault::{FAULT_PAGES, FaultOutcome, Step};
 use crate::host::{Host, SlotId, Touch, Zone};
 use crate::level::{ENTRIES, Level};
 use crate::lock::{AtomicU64, Mutex, MutexGuard, Ordering};
-use crate::page::{MAXIMUM_PAGES, PageId, PageTable};
+use crate::page::{MAXIMUM_PAGES, PageId, PageTable, Translations};
 use crate::pool::Members;
 use crate::registers::{
     Access, Attempt, Cr3, Fault, Format, GuestPaging, HardwareControls, InvalidPdpte, PageFault,
@@ -30,7 +30,6 @@ use crate::state::{CACHED, Caches, Core, State, Target};
 use crate::statistics::{Counters, Statistics};
 use crate::walk::WalkEnd;
 use crate::zap::Batch;
-use alloc::boxed::Box;
 use alloc::sync::{Arc, Weak};
 use alloc::vec::Vec;
 use hashbrown::HashTable;
@@ -133,21 +132,53 @@ const ROOT: Needs = Needs {
 const MOST_PAGES: usize = 4;
 const _: () = assert!(FAULT_PAGES <= MOST_PAGES && ROOT_PAGES <= MOST_PAGES);
 
+/// Pages' worth of memory that is fetched beyond what is needed, if it is to be had, once any must be.
+const SPARE_PAGES: usize = CACHED - MOST_PAGES;
+const TOP_UP_PAGES: usize = MOST_PAGES + SPARE_PAGES;
+
 /// Memory allocated without the lock, on its way into the state.
 #[derive(Default)]
 struct TopUp {
-    frames: [Option<Hpa>; MOST_PAGES],
-    translations: [Option<Box<[u64; ENTRIES]>>; MOST_PAGES],
+    frames: [Option<Hpa>; TOP_UP_PAGES],
+    translations: [Option<Translations>; TOP_UP_PAGES],
     pages: Option<Storage<crate::page::ShadowPage>>,
     nodes: Option<Storage<crate::rmap::Node>>,
     hash: Option<HashTable<PageId>>,
 }
 
-fn zeroed_translations() -> Option<Box<[u64; ENTRIES]>> {
+fn zeroed_translations() -> Option<Translations> {
     let mut entries = Vec::new();
     entries.try_reserve_exact(ENTRIES).ok()?;
     entries.resize(ENTRIES, 0);
     entries.into_boxed_slice().try_into().ok()
+}
+
+/// Fills `needed` empty places, and a few more if there is enough. `None` if there is not.
+fn fetch<T>(
+    places: &mut [Option<T>],
+    needed: usize,
+    mut allocate: impl FnMut() -> Option<T>,
+) -> Option<()> {
+    if needed == 0 {
+        return Some(());
+    }
+    let empty = places.iter_mut().filter(|place| place.is_none());
+    for (number, place) in empty.take(needed + SPARE_PAGES).enumerate() {
+        *place = allocate();
+        if place.is_none() {
+            return (number >= needed).then_some(());
+        }
+    }
+    Some(())
+}
+
+/// Moves what is there into a cache as far as it has room without allocating.
+fn pour<T>(places: &mut [Option<T>], cache: &mut Vec<T>) {
+    let room = cache.capacity() - cache.len();
+    let full = places.iter_mut().filter(|place| place.is_some());
+    for item in full.take(room).filter_map(Option::take) {
+        cache.push(item);
+    }
 }
 
 impl<H: Host> Mmu<H> {
@@ -301,17 +332,8 @@ impl<H: Host> Mmu<H> {
         translations: usize,
         (pages, nodes, hash): (Option<usize>, Option<usize>, Option<usize>),
     ) -> Option<()> {
-        let missing = top_up.frames.iter_mut().filter(|place| place.is_none());
-        for place in missing.take(frames) {
-            *place = Some(self.host.allocate(Zone::Any)?);
-        }
-        let missing = top_up
-            .translations
-            .iter_mut()
-            .filter(|place| place.is_none());
-        for place in missing.take(translations) {
-            *place = Some(zeroed_translations()?);
-        }
+        fetch(&mut top_up.frames, frames, || self.host.allocate(Zone::Any))?;
+        fetch(&mut top_up.translations, translations, zeroed_translations)?;
         if let Some(capacity) = pages {
             top_up.pages = Some(Storage::allocate(capacity)?);
         }
@@ -328,16 +350,8 @@ impl<H: Host> Mmu<H> {
 
     fn refill(state: &mut State, top_up: &mut TopUp) {
         let caches = &mut state.caches;
-        for frame in &mut top_up.frames {
-            if caches.frames.len() < caches.frames.capacity() {
-                caches.frames.extend(frame.take());
-            }
-        }
-        for translations in &mut top_up.translations {
-            if caches.translations.len() < caches.translations.capacity() {
-                caches.translations.extend(translations.take());
-            }
-        }
+        pour(&mut top_up.frames, &mut caches.frames);
+        pour(&mut top_up.translations, &mut caches.translations);
         if let Some(storage) = &mut top_up.pages {
             state.pages.arena().grow(storage);
         }

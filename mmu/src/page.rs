@@ -61,6 +61,15 @@ pub(crate) enum PageState {
 /// page.
 pub(crate) type Translations = Box<[u64; ENTRIES]>;
 
+/// What a shadow page begins with.
+pub(crate) struct NewPage {
+    pub gfn: Gfn,
+    pub role: Role,
+    pub frame: Hpa,
+    pub translations: Option<Translations>,
+    pub generation: u32,
+}
+
 /// A shadow page's metadata.
 pub(crate) struct ShadowPage {
     pub gfn: Gfn,
@@ -91,17 +100,6 @@ pub(crate) struct ShadowPage {
 }
 
 impl ShadowPage {
-    /// A page without entries.
-    pub fn new(gfn: Gfn, role: Role, frame: Hpa, generation: u32) -> Self {
-        Self {
-            gfn,
-            role,
-            frame,
-            generation,
-            ..Self::default()
-        }
-    }
-
     /// Whether the page is on the list of those that nothing leads to.
     pub fn is_on_orphan_list(&self) -> bool {
         self.orphan
@@ -165,6 +163,7 @@ impl PageList {
 
 type Field = fn(&mut ShadowPage) -> &mut Links;
 
+#[inline]
 fn push_last(pages: &mut Arena<ShadowPage>, list: &mut PageList, id: PageId, field: Field) {
     *field(&mut pages[id.number()]) = Links {
         previous: list.last,
@@ -251,13 +250,18 @@ impl PageTable {
 
     /// Puts a page on the list of orphans or takes it off, after its parents, its root count or its
     /// state have changed.
+    #[inline]
     pub fn note_orphan(&mut self, id: PageId) {
         let page = &mut self[id];
         let orphan =
             page.state == PageState::Active && page.parents.is_empty() && page.root_count == 0;
-        if core::mem::replace(&mut page.orphan, orphan) == orphan {
-            return;
+        if page.orphan != orphan {
+            self.set_orphan(id, orphan);
         }
+    }
+
+    fn set_orphan(&mut self, id: PageId, orphan: bool) {
+        self[id].orphan = orphan;
         let list = &mut self.orphans;
         if orphan {
             push_last(&mut self.pages, list, id, |page| &mut page.orphan_list);
@@ -314,25 +318,34 @@ impl PageTable {
         })
     }
 
+    #[inline]
     pub fn next_same_gfn(&self, id: PageId) -> Option<PageId> {
         self[id].next_same_gfn
     }
 
-    /// Makes a new page, the newest, and enters it into list and hash.
-    pub fn insert(&mut self, page: ShadowPage) -> ActivePage {
-        let gfn = page.gfn;
-        let id = PageId::from_number(self.pages.take(page));
-        self[id].state = PageState::Active;
-        push_last(&mut self.pages, &mut self.active, id, |page| &mut page.list);
-        if let Some(first) = self.first_of(gfn) {
+    /// Makes a new page, the newest, and enters it into list and hash. `same_gfn` is the first of the
+    /// frame's pages, as [`Self::first_of`] found it. Whoever does not link the page or make it a
+    /// root has to note an orphan.
+    #[inline]
+    pub fn insert(&mut self, page: NewPage, same_gfn: Option<PageId>) -> ActivePage {
+        debug_assert!(same_gfn == self.first_of(page.gfn));
+        let id = PageId::from_number(self.pages.take());
+        let shadow = &mut self[id];
+        shadow.gfn = page.gfn;
+        shadow.role = page.role;
+        shadow.frame = page.frame;
+        shadow.translations = page.translations;
+        shadow.generation = page.generation;
+        shadow.state = PageState::Active;
+        if let Some(first) = same_gfn {
             self[id].next_same_gfn = self[first].next_same_gfn;
             self[first].next_same_gfn = Some(id);
         } else {
             let pages = &self.pages;
             self.by_gfn
-                .insert_unique(hash(gfn), id, |id| hash(pages[id.number()].gfn));
+                .insert_unique(hash(page.gfn), id, |id| hash(pages[id.number()].gfn));
         }
-        self.note_orphan(id);
+        push_last(&mut self.pages, &mut self.active, id, |page| &mut page.list);
         ActivePage(id)
     }
 

@@ -55,17 +55,25 @@ impl RmapNodes {
         let entry = spte.pack();
         if head.is_empty() {
             head.0 = entry;
-            return;
+        } else {
+            self.push(head, entry);
         }
+    }
+
+    /// Puts an entry before those that are there.
+    fn push(&mut self, head: &mut RmapHead, entry: u32) {
         let rest = if head.0 & CHAIN != 0 {
             head.0 & !CHAIN
         } else {
-            self.take(Node {
-                entry: head.0,
-                next: 0,
-            })
+            self.node(head.0, 0)
         };
-        head.0 = CHAIN | self.take(Node { entry, next: rest });
+        head.0 = CHAIN | self.node(entry, rest);
+    }
+
+    fn node(&mut self, entry: u32, next: u32) -> u32 {
+        let number = self.take();
+        self[number] = Node { entry, next };
+        number
     }
 
     /// Removes `spte`; `false` if it wasn't there, which is a bug of the caller.

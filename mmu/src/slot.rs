@@ -133,6 +133,7 @@ impl Slot {
         gfn.as_u64() - self.memory.base.as_u64()
     }
 
+    #[inline]
     fn range(&self, level: Level, gfn: Gfn) -> usize {
         (gfn.as_u64() / level.pages() - self.memory.base.as_u64() / level.pages()) as usize
     }
@@ -141,6 +142,14 @@ impl Slot {
     pub fn rmap(&mut self, level: Level, gfn: Gfn) -> &mut RmapHead {
         let range = self.range(level, gfn);
         &mut self.rmaps[level.slot()][range]
+    }
+
+    /// Whether any entry maps `gfn`.
+    #[inline]
+    pub fn is_mapped(&self, gfn: Gfn) -> bool {
+        MAPPING_LEVELS
+            .iter()
+            .any(|level| !self.rmaps[level.slot()][self.range(*level, gfn)].is_empty())
     }
 
     /// Every head with the frame its range starts at.
@@ -169,6 +178,7 @@ impl Slot {
         self.disallowed[0][self.range(Level::Two, gfn)] != 0
     }
 
+    #[inline]
     pub fn disallow_large(&mut self, gfn: Gfn) {
         for level in [Level::Two, Level::Three] {
             let range = self.range(level, gfn);

@@ -91,6 +91,7 @@ const fn leaf_translation(gfn: Gfn, rights: Rights) -> u64 {
 
 impl<H: Host> Core<'_, H> {
     /// Makes every virtual CPU forget what it must, if there is anything.
+    #[inline]
     pub fn flush(&mut self) {
         if core::mem::take(&mut self.state.flush_pending) {
             self.state.counters.tlb_flush += 1;
@@ -98,6 +99,7 @@ impl<H: Host> Core<'_, H> {
         }
     }
 
+    #[inline]
     pub fn load(&self, page: PageId, index: usize) -> Spte {
         Spte(self.host.load(self.state.pages[page].frame, index))
     }
@@ -173,6 +175,7 @@ impl<H: Host> Core<'_, H> {
     }
 
     /// Lets the empty entry at `index` of `page` point to `child`.
+    #[inline]
     pub fn link(&mut self, page: ActivePage, index: usize, child: ActivePage) {
         let (page, child) = (page.id(), child.id());
         self.note(page, index, u64::from(child.number()));
@@ -240,7 +243,15 @@ impl<H: Host> Core<'_, H> {
     }
 
     /// Takes the write right from every entry that maps `gfn`. Large entries go altogether.
+    #[inline]
     pub fn write_protect(&mut self, gfn: Gfn) {
+        let mapped = |slot: &Slot| slot.is_mapped(gfn);
+        if self.state.slots.get(gfn).is_some_and(mapped) {
+            self.write_protect_mapped(gfn);
+        }
+    }
+
+    fn write_protect_mapped(&mut self, gfn: Gfn) {
         let Some(slot) = self.state.slots.of(gfn) else {
             return;
         };
