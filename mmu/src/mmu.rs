@@ -134,13 +134,12 @@ const _: () = assert!(FAULT_PAGES <= MOST_PAGES && ROOT_PAGES <= MOST_PAGES);
 
 /// Pages' worth of memory that is fetched beyond what is needed, if it is to be had, once any must be.
 const SPARE_PAGES: usize = CACHED - MOST_PAGES;
-const TOP_UP_PAGES: usize = MOST_PAGES + SPARE_PAGES;
 
 /// Memory allocated without the lock, on its way into the state.
 #[derive(Default)]
 struct TopUp {
-    frames: [Option<Hpa>; TOP_UP_PAGES],
-    translations: [Option<Translations>; TOP_UP_PAGES],
+    frames: Vec<Hpa>,
+    translations: Vec<Translations>,
     pages: Option<Storage<crate::page::ShadowPage>>,
     nodes: Option<Storage<crate::rmap::Node>>,
     hash: Option<HashTable<PageId>>,
@@ -153,32 +152,31 @@ fn zeroed_translations() -> Option<Translations> {
     entries.into_boxed_slice().try_into().ok()
 }
 
-/// Fills `needed` empty places, and a few more if there is enough. `None` if there is not.
+/// Brings `items` to `needed`, and beyond if there is enough. `None` if there is not.
 fn fetch<T>(
-    places: &mut [Option<T>],
+    items: &mut Vec<T>,
     needed: usize,
     mut allocate: impl FnMut() -> Option<T>,
 ) -> Option<()> {
-    if needed == 0 {
+    if items.len() >= needed {
         return Some(());
     }
-    let empty = places.iter_mut().filter(|place| place.is_none());
-    for (number, place) in empty.take(needed + SPARE_PAGES).enumerate() {
-        *place = allocate();
-        if place.is_none() {
-            return (number >= needed).then_some(());
+    let wanted = needed + SPARE_PAGES;
+    items.try_reserve_exact(wanted - items.len()).ok()?;
+    while items.len() < wanted {
+        match allocate() {
+            Some(item) => items.push(item),
+            None if items.len() >= needed => break,
+            None => return None,
         }
     }
     Some(())
 }
 
-/// Moves what is there into a cache as far as it has room without allocating.
-fn pour<T>(places: &mut [Option<T>], cache: &mut Vec<T>) {
+/// Moves `items` into a cache as far as it has room without allocating.
+fn pour<T>(items: &mut Vec<T>, cache: &mut Vec<T>) {
     let room = cache.capacity() - cache.len();
-    let full = places.iter_mut().filter(|place| place.is_some());
-    for item in full.take(room).filter_map(Option::take) {
-        cache.push(item);
-    }
+    cache.extend(items.drain(items.len().saturating_sub(room)..));
 }
 
 impl<H: Host> Mmu<H> {
@@ -364,7 +362,7 @@ impl<H: Host> Mmu<H> {
     }
 
     fn dispose(&self, top_up: &mut TopUp) {
-        for frame in top_up.frames.iter_mut().filter_map(Option::take) {
+        for frame in top_up.frames.drain(..) {
             self.host.free(frame);
         }
     }
