@@ -8,8 +8,9 @@
 //!
 //! Only what is inside of `measured` is counted. `fill COUNT` fills 4 KiB mappings whose tables are
 //! all shadowed; `build COUNT` fills mappings that need three new pages each; `zap PAGES BATCH` makes
-//! leaf tables and takes them away in batches; `trace hot|scan PAGES clock|fifo` counts the faults of
-//! a guest that has fewer pages than it needs.
+//! leaf tables and takes them away in batches; `trace hot|scan PAGES clock|fifo any|one PREFETCH`
+//! counts the faults of a guest that has fewer pages than it needs, and says what the best of all
+//! policies, which knows the future, would have to fetch.
 #![allow(
     clippy::precedence,
     reason = "bits are written as the manual draws them"
@@ -149,18 +150,21 @@ struct Guest {
 }
 
 impl Guest {
-    fn new(frames: u64, limit: usize, victims: VictimPolicy, stride: u64) -> Self {
+    fn new(frames: u64, stride: u64) -> Self {
+        let config = MmuConfig {
+            limit: 1 << 20,
+            prefetch: 1,
+            ..MmuConfig::default()
+        };
+        Self::with(frames, config, stride)
+    }
+
+    fn with(frames: u64, config: MmuConfig, stride: u64) -> Self {
         let host = Host {
             words: (0..frames * 512).map(|_| AtomicU64::new(0)).collect(),
             free: Mutex::new((1..frames).collect()),
             flushes: AtomicU64::new(0),
             stride,
-        };
-        let config = MmuConfig {
-            limit,
-            victims,
-            prefetch: 1,
-            ..MmuConfig::default()
         };
         let mmu = MmuPool::new(usize::MAX).create(host, config);
         let memory = MemorySlot {
@@ -223,7 +227,7 @@ impl Guest {
 }
 
 fn fill(count: u64) {
-    let mut guest = Guest::new(8 + count / 256, 1 << 20, VictimPolicy::Clock, 512);
+    let mut guest = Guest::new(8 + count / 256, 512);
     for page in 0..count {
         let gva = (page / 511 * 512 + page % 511 + 1) << 12;
         if page % 511 == 0 {
@@ -236,7 +240,7 @@ fn fill(count: u64) {
 
 fn build(count: u64) {
     assert!(count < 256, "the lower half has 256 ranges of 512 GiB");
-    let mut guest = Guest::new(16 + 4 * count, 1 << 20, VictimPolicy::Clock, 512);
+    let mut guest = Guest::new(16 + 4 * count, 512);
     // A page table of its own for each path, so that three pages are made.
     let paths = || (1..=count).map(|range| range << 39 | range << 21);
     // Once for all that grows by doubling.
@@ -256,7 +260,7 @@ fn build(count: u64) {
 }
 
 fn zap(pages: usize, batch: usize) {
-    let mut guest = Guest::new(pages as u64 + 1024, 1 << 20, VictimPolicy::Clock, 8);
+    let mut guest = Guest::new(pages as u64 + 1024, 8);
     let mut gva = 0;
     while guest.mmu.used() < pages {
         for page in 0..4 {
@@ -287,12 +291,13 @@ fn zap(pages: usize, batch: usize) {
     );
 }
 
+const REGIONS: usize = 256;
+const READS: usize = 100_000;
+
 /// 256 regions of 2 MiB: nine of ten reads go to 16 hot ones (`hot`), or to those while every tenth
-/// goes to the next of the others in turn (`scan`).
-fn trace(kind: &str, pages: usize, victims: VictimPolicy) {
-    let mut guest = Guest::new(4096, pages, victims, 512);
-    guest.faults = 0;
-    let mut hot_faults = 0;
+/// goes to the next of the others in turn (`scan`). Each read takes one of the region's 512 pages
+/// (`any`), or always the same (`one`).
+fn reads(kind: &str, place: &str) -> Vec<(usize, u64)> {
     let mut random: u64 = 1;
     let mut cold: u64 = 0;
     let mut pick = |below: u64| {
@@ -301,25 +306,70 @@ fn trace(kind: &str, pages: usize, victims: VictimPolicy) {
             .wrapping_add(1442695040888963407);
         (random >> 33) % below
     };
-    for step in 0..100_000_u64 {
-        let region = match kind {
-            "hot" if pick(10) > 0 => pick(16) * 16,
-            "hot" => pick(256),
-            _ if step % 10 > 0 => pick(16) * 16,
-            _ => {
-                cold += 1;
-                cold % 256
+    (0..READS)
+        .map(|step| {
+            let region = match kind {
+                "hot" if pick(10) > 0 => pick(16) * 16,
+                "hot" => pick(REGIONS as u64),
+                _ if step % 10 > 0 => pick(16) * 16,
+                _ => {
+                    cold += 1;
+                    cold % REGIONS as u64
+                }
+            };
+            let page = if place == "one" { 0 } else { pick(512) };
+            (region as usize, page)
+        })
+        .collect()
+}
+
+/// Belady's optimum: how often a region's table must be made if `tables` fit and always that one goes
+/// whose next use is farthest away.
+fn optimum(reads: &[(usize, u64)], tables: usize) -> usize {
+    let mut next = vec![usize::MAX; reads.len()];
+    let mut seen = [usize::MAX; REGIONS];
+    for (at, (region, _)) in reads.iter().enumerate().rev() {
+        next[at] = std::mem::replace(&mut seen[*region], at);
+    }
+    let mut held = std::collections::HashMap::new();
+    let mut made = 0;
+    for (at, (region, _)) in reads.iter().enumerate() {
+        if held.insert(*region, next[at]).is_none() {
+            made += 1;
+            if held.len() > tables {
+                let farthest = held.iter().max_by_key(|(_, next)| **next);
+                let victim = *farthest.expect("there are tables").0;
+                held.remove(&victim);
             }
-        };
+        }
+    }
+    made
+}
+
+fn trace(kind: &str, pages: usize, victims: VictimPolicy, place: &str, prefetch: usize) {
+    let config = MmuConfig {
+        limit: pages,
+        victims,
+        prefetch,
+        ..MmuConfig::default()
+    };
+    let mut guest = Guest::with(4096, config, 512);
+    guest.faults = 0;
+    let mut hot_faults = 0;
+    let reads = reads(kind, place);
+    for (region, page) in &reads {
         let before = guest.faults;
-        measured(|| guest.read(region << 21));
+        measured(|| guest.read((*region as u64) << 21 | page << 12));
         if region % 16 == 0 {
             hot_faults += guest.faults - before;
         }
     }
     println!(
-        "{kind} trace, {pages} pages, {victims:?}: {} faults in 100000 reads, {hot_faults} in hot regions",
-        guest.faults
+        "{kind} trace, {place} page, {pages} pages, prefetch {prefetch}, {victims:?}: {} faults in {READS} reads, \
+         {hot_faults} in hot regions; {} tables made, {} by the optimum",
+        guest.faults,
+        guest.mmu.statistics().mmu_cache_miss,
+        optimum(&reads, pages - 3)
     );
 }
 
@@ -335,7 +385,9 @@ fn main() {
                 "fifo" => VictimPolicy::Fifo,
                 _ => VictimPolicy::Clock,
             };
-            trace(text(2), number(3, 64) as usize, victims);
+            let pages = number(3, 64) as usize;
+            let prefetch = number(6, MmuConfig::default().prefetch as u64) as usize;
+            trace(text(2), pages, victims, text(5), prefetch);
         }
         _ => fill(number(2, 1000)),
     }

@@ -84,6 +84,10 @@ pub(crate) struct ShadowPage {
     pub unsync: bool,
     /// Writes to the guest's table since an entry of this page was last used.
     pub write_flooding: u8,
+    /// How often the reclaimer has lately found the page in use.
+    pub heat: u8,
+    /// Whether the reclaimer has looked at the page since it was made.
+    pub met: bool,
     /// Entries that are not empty.
     pub used_entries: u16,
     /// Virtual CPUs' roots, in use or previous, that hold this page.
@@ -124,6 +128,8 @@ impl Default for ShadowPage {
             state: PageState::Unused,
             unsync: false,
             write_flooding: 0,
+            heat: 0,
+            met: false,
             used_entries: 0,
             root_count: 0,
             generation: 0,
@@ -154,6 +160,10 @@ pub(crate) struct PageList {
 impl PageList {
     pub fn first(&self) -> Option<PageId> {
         self.first
+    }
+
+    pub fn last(&self) -> Option<PageId> {
+        self.last
     }
 
     pub fn len(&self) -> usize {
@@ -402,6 +412,11 @@ impl PageTable {
     /// The next younger page on the active list.
     pub fn next(&self, id: PageId) -> Option<PageId> {
         self[id].list.next
+    }
+
+    /// The next older page on the active list.
+    pub fn previous(&self, id: PageId) -> Option<PageId> {
+        self[id].list.previous
     }
 
     /// Makes an active page the newest.

@@ -8,7 +8,7 @@ use crate::config::{MINIMUM_FREE_PAGES, MINIMUM_PAGES, REFILL_PAGES, VictimPolic
 use crate::error::NoPageAvailable;
 use crate::host::Host;
 use crate::level::Level;
-use crate::page::{ActivePage, PageId};
+use crate::page::PageId;
 use crate::rmap::{RmapHead, RmapNodes};
 use crate::slot::MAPPING_LEVELS;
 use crate::spte::Spte;
@@ -21,11 +21,16 @@ use umbra_vcpu::address::Gfn;
 enum Pass {
     /// Level 1, or without entries.
     OldestLeaves,
-    /// The same, and not used since the hand came by last.
-    ColdLeaves,
     /// Whatever is not a root in use.
     Any,
 }
+
+/// How often in a row the clock's hand has to find a page unused before it takes one that was used
+/// all the time. A page that was used only when it was made goes the first time.
+const HOTTEST: u8 = 3;
+/// Pages that the hand may look at for each that it takes. Where almost everything is in use it
+/// doesn't go round and round, but takes what comes.
+const VISITS: usize = 32;
 
 impl<H: Host> Core<'_, H> {
     /// Pages that the VM's own limit leaves.
@@ -97,10 +102,8 @@ impl<H: Host> Core<'_, H> {
                 if batch.len() < wanted && self.release_previous_roots(&mut batch) {
                     self.take_orphans(wanted, &mut batch);
                 }
-                // The first round clears accessed bits, the second finds them clear.
-                for _ in 0..2 {
-                    self.take_victims(Pass::ColdLeaves, wanted, &mut batch);
-                }
+                self.take_cold_leaves(wanted, &mut batch);
+                self.take_victims(Pass::OldestLeaves, wanted, &mut batch);
             }
         }
         // Upper tables go last, and take along what only they point to.
@@ -120,6 +123,58 @@ impl<H: Host> Core<'_, H> {
         }
     }
 
+    /// Goes round the list as a clock's hand, which always stands at the list's first page, and takes
+    /// leaves that have cooled down. Each time that a page is found used it gets warmer, else cooler.
+    fn take_cold_leaves(&mut self, wanted: usize, batch: &mut Batch) {
+        let rounds = usize::from(HOTTEST) + 2;
+        let missing = wanted.saturating_sub(batch.len());
+        let mut left =
+            (self.state.pages.active_list().len() * rounds).min(missing.saturating_mul(VISITS));
+        self.meet_new_pages(left);
+        while batch.len() < wanted
+            && left > 0
+            && let Some(id) = self.state.pages.active_list().first()
+            && let Some(page) = self.state.pages.active(id)
+        {
+            left -= 1;
+            if self.state.pages[id].root_count == 0 && self.is_childless(id) && self.is_cold(id) {
+                self.prepare_zap(page, batch);
+            } else {
+                self.state.pages.move_to_last(page);
+            }
+        }
+    }
+
+    /// Clears the accessed bits of pages that were made since the last time, so that until the next
+    /// time each can show whether it is used again. They are the last on the list.
+    fn meet_new_pages(&mut self, most: usize) {
+        let mut at = self.state.pages.active_list().last();
+        for _ in 0..most {
+            let Some(id) = at.filter(|id| !self.state.pages[*id].met) else {
+                return;
+            };
+            self.test_and_clear_accessed(id);
+            let page = &mut self.state.pages[id];
+            page.met = true;
+            page.heat = 1;
+            at = self.state.pages.previous(id);
+        }
+    }
+
+    /// Whether the page was unused long enough, counting this visit.
+    fn is_cold(&mut self, id: PageId) -> bool {
+        let used = self.test_and_clear_accessed(id);
+        let page = &mut self.state.pages[id];
+        page.met = true;
+        let heat = &mut page.heat;
+        if used {
+            *heat = (*heat + 1).min(HOTTEST);
+            return false;
+        }
+        *heat = heat.saturating_sub(1);
+        *heat == 0
+    }
+
     /// One pass over the list, from its oldest page, until the batch has `wanted` pages.
     fn take_victims(&mut self, pass: Pass, wanted: usize, batch: &mut Batch) {
         let mut left = self.state.pages.active_list().len();
@@ -132,7 +187,7 @@ impl<H: Host> Core<'_, H> {
             let Some(page) = self.state.pages.active(id) else {
                 break;
             };
-            if self.state.pages[id].root_count > 0 || !self.is_victim(page, pass) {
+            if self.state.pages[id].root_count > 0 || !self.is_victim(id, pass) {
                 if self.state.pages.hand == Some(id) {
                     self.state.pages.hand = self.state.pages.next(id);
                 }
@@ -144,23 +199,10 @@ impl<H: Host> Core<'_, H> {
         self.state.pages.hand = None;
     }
 
-    fn is_victim(&mut self, page: ActivePage, pass: Pass) -> bool {
-        let id = page.id();
+    fn is_victim(&self, id: PageId, pass: Pass) -> bool {
         match pass {
             Pass::Any => true,
             Pass::OldestLeaves => self.is_childless(id),
-            Pass::ColdLeaves => {
-                if !self.is_childless(id) {
-                    return false;
-                }
-                if !self.test_and_clear_accessed(id) {
-                    return true;
-                }
-                // A second chance: among the newest, to be met again at the end of the list.
-                self.state.pages.hand = self.state.pages.next(id);
-                self.state.pages.move_to_last(page);
-                false
-            }
         }
     }
 
