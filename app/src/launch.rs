@@ -9,7 +9,7 @@ use umbra_machine::devices::fw_cfg::{E820Entry, FwCfg};
 use umbra_machine::processor::cpuid::CpuidPolicy;
 use umbra_machine::{Configuration, ConsoleOutput, Machine, TimeBase, acpi};
 use umbra_mmu::MmuConfig;
-use umbra_report::options::Options;
+use umbra_report::options::{Device, Options};
 use umbra_report::{Outcome, Report};
 use umbra_vcpu::address::{Gfn, PAGE_SIZE};
 
@@ -95,6 +95,10 @@ fn prepare(name: &str, options: &Options) -> Result<Guest, End> {
         console: Box::new(Console::default()),
     });
     machine.set_wall_clock(platform::unix_time());
+    match options.device {
+        Some(Device::TestDevice) => machine.add_test_device(),
+        None => {}
+    }
     describe_machine(machine.fw_cfg_mut(), options, &memory_map);
     let guest_pages = (options.memory / PAGE_SIZE) as usize;
     let config = MmuConfig {

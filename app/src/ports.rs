@@ -10,7 +10,7 @@ use crate::guest::{End, Guest};
 
 /// Carries out the instruction that the guest stopped at.
 pub fn access(guest: &mut Guest, access: IoAccess) -> Result<(), End> {
-    match access.operand {
+    let result = match access.operand {
         IoOperand::Accumulator => {
             accumulator(guest, access);
             guest.vcpu.skip_instruction();
@@ -19,7 +19,12 @@ pub fn access(guest: &mut Guest, access: IoAccess) -> Result<(), End> {
         IoOperand::String { .. } => emulation::run(guest, || {
             format!("a string instruction uses port {:#x}", access.port)
         }),
+    };
+    if guest.machine.take_page_flush().is_some() {
+        // Nothing the guest can see: it asks that its memory be mapped anew.
+        guest.paging.mmu().zap_all();
     }
+    result
 }
 
 fn accumulator(guest: &mut Guest, access: IoAccess) {

@@ -26,6 +26,8 @@ pub struct Guest {
     pub console: Vec<String>,
     /// Its command line.
     pub command_line: Option<String>,
+    /// A device that it needs besides the usual ones.
+    pub device: Option<String>,
     /// Whether it takes so long that it only runs when asked for.
     #[serde(default)]
     pub long: bool,
@@ -101,6 +103,14 @@ impl Source {
             (Some(own), Some(append)) => Some(format!("{own} {append}")),
             (Some(text), None) | (None, Some(text)) => Some(text.to_owned()),
             (None, None) => None,
+        }
+    }
+
+    /// The device that the guest needs besides the usual ones.
+    pub fn device(&self) -> Option<&str> {
+        match self {
+            Self::Own(guest) => guest.device.as_deref(),
+            Self::Linux | Self::File(_) => None,
         }
     }
 

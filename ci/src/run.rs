@@ -43,6 +43,9 @@ pub struct Options {
     /// The most shadow pages that the guest may use [default: 1/50 of its pages]
     #[arg(long, value_name = "N")]
     mmu_pages: Option<String>,
+    /// A device that the guest has besides the usual ones: testdev [default: what the guest needs]
+    #[arg(long, value_name = "NAME")]
+    device: Option<String>,
     /// Write the report as JSON to this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -134,6 +137,14 @@ fn arguments(options: &Options, source: Option<&Source>) -> Vec<String> {
                 .map(str::to_owned),
         ),
         ("--mmu-pages", options.mmu_pages.clone()),
+        (
+            "--device",
+            options
+                .device
+                .as_deref()
+                .or(source.and_then(Source::device))
+                .map(str::to_owned),
+        ),
     ];
     let given = values.into_iter();
     given

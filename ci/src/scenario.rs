@@ -56,6 +56,8 @@ pub struct Scenario {
     /// The form of the disk, on a platform that boots one.
     #[serde(default)]
     pub disk: disk::Format,
+    /// A device that the guest has besides the usual ones, as in `testdev`.
+    device: Option<String>,
     /// The whole machine's memory in MiB, instead of what is comfortable for the guest's.
     pub machine_memory_mib: Option<u64>,
     /// The most shadow pages that the guest may use.
@@ -100,6 +102,7 @@ const KEYS: Keys = Keys(&[
     ("append", LEAF),
     ("memory", LEAF),
     ("disk", LEAF),
+    ("device", LEAF),
     ("machine_memory_mib", LEAF),
     ("mmu_pages", LEAF),
     ("watchdog", LEAF),
@@ -178,6 +181,7 @@ impl Scenario {
             append: guest.command_line.clone(),
             memory: None,
             disk: disk::Format::Raw,
+            device: guest.device.clone(),
             machine_memory_mib: None,
             mmu_pages: None,
             watchdog: (guest.expect_exit_code == ExitCode::Watchdog.as_u8())
@@ -278,6 +282,7 @@ impl Scenario {
             ("--append", self.command_line()),
             ("--memory", self.memory().map(str::to_owned)),
             ("--mmu-pages", self.mmu_pages.map(|pages| pages.to_string())),
+            ("--device", self.device.clone()),
             (
                 "--timeout",
                 self.watchdog.map(|seconds| seconds.to_string()),

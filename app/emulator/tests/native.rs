@@ -131,6 +131,10 @@ impl Native {
     }
 
     /// Runs one instruction with `memory` at [`BASE`], and returns its memory afterwards.
+    #[allow(
+        clippy::unused_self,
+        reason = "whoever has the value has the pages for himself"
+    )]
     fn run(&mut self, bytes: &[u8], state: &mut State, memory: &[u8]) -> Vec<u8> {
         let mut code = bytes.to_vec();
         // jmp [rip + 0], then the target.
@@ -214,7 +218,7 @@ fn register() -> impl Strategy<Value = u64> {
     prop_oneof![
         any::<u64>(),
         any::<u8>().prop_map(u64::from),
-        any::<i8>().prop_map(|value| i64::from(value) as u64),
+        any::<i8>().prop_map(|value| i64::from(value).cast_unsigned()),
         prop::sample::select(vec![
             0,
             0x7f,

@@ -16,6 +16,8 @@ Umbra runs one guest, which the boot loader passes as a module.
   --append TEXT      command line for the guest
   --memory SIZE      the guest's RAM: bytes, or a number with K, M or G (default: 64M)
   --mmu-pages N      limit on shadow pages (default: 1/50 of the guest's pages, at least 64)
+  --device NAME      a device that the guest has besides the usual ones: testdev, which kernels that
+                     test themselves know as QEMU's pc-testdev (default: none)
   --timeout SECONDS  stop the guest after so many seconds (default: 0, never)
   --help             print this text
 ";
@@ -55,6 +57,8 @@ pub struct Options {
     pub memory: u64,
     /// The limit on shadow pages, if one was given.
     pub mmu_pages: Option<u64>,
+    /// The device that the guest has besides the usual ones, if it has one.
+    pub device: Option<Device>,
     /// The guest's time limit, if it has one.
     pub timeout: Option<Duration>,
 }
@@ -66,9 +70,17 @@ impl Default for Options {
             append: String::new(),
             memory: DEFAULT_MEMORY,
             mmu_pages: None,
+            device: None,
             timeout: None,
         }
     }
+}
+
+/// A device that not every guest has.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Device {
+    /// QEMU's `pc-testdev`.
+    TestDevice,
 }
 
 /// One option.
@@ -78,16 +90,18 @@ enum Name {
     Append,
     Memory,
     MmuPages,
+    Device,
     Timeout,
     Help,
 }
 
 impl Name {
-    const ALL: [Self; 6] = [
+    const ALL: [Self; 7] = [
         Self::Guest,
         Self::Append,
         Self::Memory,
         Self::MmuPages,
+        Self::Device,
         Self::Timeout,
         Self::Help,
     ];
@@ -98,6 +112,7 @@ impl Name {
             Self::Append => "--append",
             Self::Memory => "--memory",
             Self::MmuPages => "--mmu-pages",
+            Self::Device => "--device",
             Self::Timeout => "--timeout",
             Self::Help => "--help",
         }
@@ -110,6 +125,7 @@ impl Name {
             Self::Append => "a text, as in --append \"quiet\"",
             Self::Memory => "a size, as in --memory 256M",
             Self::MmuPages => "a number, as in --mmu-pages 1024",
+            Self::Device => "a device, as in --device testdev",
             Self::Timeout => "seconds, as in --timeout 30",
             Self::Help => "no value",
         }
@@ -201,6 +217,10 @@ fn set(options: &mut Options, name: Name, value: &str) -> Result<(), OptionsErro
             check_range(name, value, pages, MINIMUM_MMU_PAGES, MAXIMUM_MMU_PAGES)?;
             options.mmu_pages = Some(pages);
         }
+        Name::Device => match value {
+            "testdev" => options.device = Some(Device::TestDevice),
+            _ => return Err(bad_value(name, value, "there is no such device")),
+        },
         Name::Timeout => {
             let seconds = number(name, value)?;
             check_range(name, value, seconds, 0, MAXIMUM_TIMEOUT)?;
@@ -543,6 +563,8 @@ mod tests {
         assert!(error(&["--timeout", "31536001"]).contains("from 0 to 31536000"));
         assert!(error(&["--timeout", "1s"]).contains("not a whole number"));
         assert!(error(&["--guest="]).contains("empty"));
+        assert!(error(&["--device", "disk"]).contains("no such device"));
+        assert_eq!(run(&["--device=testdev"]).device, Some(Device::TestDevice));
     }
 
     #[test]
@@ -596,7 +618,7 @@ mod tests {
             arguments in prop::collection::vec(
                 prop_oneof![
                     "(?s).*",
-                    "--(guest|append|memory|mmu-pages|timeout|help)(=(?s).*)?",
+                    "--(guest|append|memory|mmu-pages|device|timeout|help)(=(?s).*)?",
                     "[0-9]{1,22}[KMG]?",
                 ],
                 0..6,

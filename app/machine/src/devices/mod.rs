@@ -16,6 +16,7 @@ pub mod power_management;
 pub mod reset_control;
 pub mod rtc;
 pub mod serial;
+pub mod test_device;
 
 /// The level of an interrupt line.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -19,7 +19,10 @@ pub const MASTER_EDGE_LEVEL_PORT: u16 = 0x4d0;
 /// The slave's edge/level control register.
 pub const SLAVE_EDGE_LEVEL_PORT: u16 = 0x4d1;
 
-const CASCADE: u8 = 2;
+/// The master's input that the slave is wired to.
+pub const CASCADE: u8 = 2;
+/// The pair's inputs, with the one between them.
+pub const INPUTS: u8 = 16;
 /// The request that stands for none: the input went away before it was acknowledged.
 const SPURIOUS: u8 = 7;
 /// IRQ 0 to 2, 8 and 13 are always edge-triggered.

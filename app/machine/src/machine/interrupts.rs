@@ -5,7 +5,9 @@
 //! of the I/O APIC, and straight if the local APIC is disabled.
 
 use super::{Machine, Shutdown};
-use crate::devices::{Level, io_apic, local_apic, pit, power_management, rtc, serial};
+use crate::devices::{
+    Level, io_apic, local_apic, pic, pit, power_management, rtc, serial, test_device,
+};
 use crate::processor::msr::ApicMode;
 use crate::time::GuestTime;
 
@@ -79,13 +81,43 @@ impl Machine {
             self.set_line(pit::IRQ, Level::Low);
             self.set_line(pit::IRQ, Level::High);
         }
-        self.set_line(pit::IRQ, self.pit.output());
-        self.set_line(serial::IRQ, self.serial.interrupt());
-        self.set_line(rtc::IRQ, self.rtc.interrupt());
-        self.set_line(power_management::IRQ, self.power_management.interrupt());
+        for (irq, level) in [
+            (pit::IRQ, self.pit.output()),
+            (serial::IRQ, self.serial.interrupt()),
+            (rtc::IRQ, self.rtc.interrupt()),
+            (power_management::IRQ, self.power_management.interrupt()),
+        ] {
+            let level = Level::high_if(level.is_high() || self.test_line(irq).is_high());
+            self.set_line(irq, level);
+        }
+        self.update_test_lines();
         if self.local_apic.take_init() {
             // Nobody could start the only processor again.
             self.end(Some(Shutdown::Reset));
+        }
+    }
+
+    fn test_line(&self, irq: u8) -> Level {
+        self.test_device
+            .as_ref()
+            .map_or(Level::Low, |device| device.line(irq))
+    }
+
+    /// The test device's lines that no other device shares. The pair has inputs for the first 16.
+    fn update_test_lines(&mut self) {
+        if self.test_device.is_none() {
+            return;
+        }
+        for irq in 0..test_device::LINES as u8 {
+            let level = self.test_line(irq);
+            match irq {
+                pit::IRQ | serial::IRQ | rtc::IRQ | power_management::IRQ | pic::CASCADE => {}
+                0..pic::INPUTS => self.set_line(irq, level),
+                _ => {
+                    let message = self.io_apic.set_line(irq.into(), level);
+                    self.send(message);
+                }
+            }
         }
     }
 

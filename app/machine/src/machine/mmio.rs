@@ -1,18 +1,22 @@
-//! Device memory: the local APIC's page in xAPIC mode and the I/O APIC's page.
+//! Device memory: the local APIC's page in xAPIC mode, the I/O APIC's page and the test device's
+//! memory.
 
 use umbra_vcpu::address::Gpa;
 
 use super::{Machine, NoDevice};
 use crate::access_log::Sighting;
 use crate::devices::local_apic::ApicEffect;
-use crate::devices::{io_apic, local_apic};
+use crate::devices::{io_apic, local_apic, test_device};
 use crate::processor::msr::ApicMode;
 
-/// Who answers at a physical address, and the offset in its page.
+const TEST_DEVICE_END: u64 = test_device::ADDRESS + test_device::SIZE;
+
+/// Who answers at a physical address, and the offset in its memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum MemoryDevice {
     LocalApic(u64),
     IoApic(u64),
+    TestDevice(u64),
 }
 
 impl Machine {
@@ -31,6 +35,11 @@ impl Machine {
             }
             MemoryDevice::IoApic(offset) => {
                 self.io_apic.read_memory(offset, &mut bytes[..inside]);
+            }
+            MemoryDevice::TestDevice(offset) => {
+                if let Some(device) = &self.test_device {
+                    device.read_memory(offset, &mut bytes[..inside]);
+                }
             }
         }
         Ok(())
@@ -51,6 +60,11 @@ impl Machine {
             MemoryDevice::IoApic(offset) => {
                 let message = self.io_apic.write_memory(offset, bytes);
                 self.send(message);
+            }
+            MemoryDevice::TestDevice(offset) => {
+                if let Some(device) = &mut self.test_device {
+                    device.write_memory(offset, bytes);
+                }
             }
         }
         self.update_lines();
@@ -76,6 +90,9 @@ impl Machine {
                 Ok(MemoryDevice::LocalApic(offset))
             }
             io_apic::ADDRESS => Ok(MemoryDevice::IoApic(offset)),
+            page @ test_device::ADDRESS..TEST_DEVICE_END if self.test_device.is_some() => Ok(
+                MemoryDevice::TestDevice(page - test_device::ADDRESS + offset),
+            ),
             _ => {
                 if self.unknown_addresses.record(address.page_base()) == Sighting::First {
                     log::warn!("the guest uses physical address {address:#x}, where nothing is");

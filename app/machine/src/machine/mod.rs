@@ -25,6 +25,7 @@ use crate::devices::power_management::{self, PowerManagement};
 use crate::devices::reset_control::{self, ResetControl};
 use crate::devices::rtc::{self, Rtc};
 use crate::devices::serial::{self, Serial};
+use crate::devices::test_device::{self, Effect, TestDevice};
 use crate::processor::features::GuestFeatures;
 use crate::processor::msr::Msrs;
 use crate::time::{GuestTime, TimeBase};
@@ -78,6 +79,8 @@ pub struct Machine {
     fw_cfg: FwCfg,
     reset_control: ResetControl,
     keyboard: KeyboardReset,
+    test_device: Option<TestDevice>,
+    page_flush: Option<Gpa>,
     unknown_ports: AccessLog<u16>,
     unknown_addresses: AccessLog<Gpa>,
     unknown_msrs: AccessLog<u32>,
@@ -150,6 +153,8 @@ impl Machine {
             fw_cfg: FwCfg::default(),
             reset_control: ResetControl::default(),
             keyboard: KeyboardReset::default(),
+            test_device: None,
+            page_flush: None,
             unknown_ports: AccessLog::new(),
             unknown_addresses: AccessLog::new(),
             unknown_msrs: AccessLog::new(),
@@ -172,6 +177,16 @@ impl Machine {
         &mut self.fw_cfg
     }
 
+    /// Adds the device for kernels that test themselves.
+    pub fn add_test_device(&mut self) {
+        self.test_device = Some(TestDevice::default());
+    }
+
+    /// The page whose translations the guest had dropped through the test device since the last call.
+    pub const fn take_page_flush(&mut self) -> Option<Gpa> {
+        self.page_flush.take()
+    }
+
     /// How the guest ended itself, if it did since the last call.
     pub fn take_shutdown(&mut self) -> Option<Shutdown> {
         self.shutdown.take()
@@ -185,6 +200,11 @@ impl Machine {
 
     /// IN.
     pub fn read_port(&mut self, port: u16, width: IoWidth) -> u32 {
+        if let Some(device) = &self.test_device
+            && test_device::owns(port)
+        {
+            return device.read_port(port, width);
+        }
         if ports(port, width).all(|port| port.and_then(device_at).is_none()) {
             self.log_unknown_port(port, width);
             return width.mask();
@@ -208,6 +228,15 @@ impl Machine {
 
     /// OUT.
     pub fn write_port(&mut self, port: u16, width: IoWidth, value: u32) {
+        if let Some(device) = &mut self.test_device
+            && test_device::owns(port)
+        {
+            match device.write_port(port, width, value) {
+                Effect::None => {}
+                Effect::FlushPage(page) => self.page_flush = Some(page),
+            }
+            return self.update_lines();
+        }
         if ports(port, width).all(|port| port.and_then(device_at).is_none()) {
             self.log_unknown_port(port, width);
             return;

@@ -627,3 +627,40 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn the_test_device_is_there_only_when_added() {
+    let mut machine = machine();
+    let at = Gpa::new(0xff00_1ffe);
+    let mut bytes = [0; 4];
+    assert!(machine.write_mmio(at, &[1, 2]).is_err());
+    assert_eq!(machine.read_port(0xe0, IoWidth::Byte), 0xff);
+    machine.add_test_device();
+    assert!(machine.write_mmio(at, &[1, 2]).is_ok());
+    assert!(machine.read_mmio(at, &mut bytes).is_ok());
+    assert_eq!(bytes, [1, 2, 0xff, 0xff], "an access ends with the page");
+    machine.write_port(0xe0, IoWidth::DoubleWord, 0x1234_5678);
+    assert_eq!(machine.read_port(0xe9, IoWidth::Word), 0x3456);
+    machine.write_port(0xe4, IoWidth::DoubleWord, 0x5678);
+    let page = machine.take_page_flush().map(Gpa::as_u64);
+    assert_eq!((page, machine.take_page_flush()), (Some(0x5000), None));
+}
+
+#[test]
+fn the_test_device_raises_lines() {
+    let mut machine = machine();
+    machine.add_test_device();
+    initialize_pic(&mut machine);
+    out(&mut machine, 0x21, 0);
+    out(&mut machine, 0xa1, 0);
+    for line in [1, 4, 5, 11] {
+        out(&mut machine, 0x2000 + line, 1);
+        assert!(machine.pending_interrupt(), "line {line}");
+        let vector = machine.acknowledge_interrupt().expect("it waits");
+        assert_eq!(u16::from(vector & 0xf), line & 0xf);
+        out(&mut machine, 0x2000 + line, 0);
+        out(&mut machine, 0xa0, 0x20);
+        out(&mut machine, 0x20, 0x20);
+    }
+    assert!(!machine.pending_interrupt());
+}
