@@ -5,7 +5,8 @@
 //! can crash the guest: that is what the checks are for. All `unsafe` is in this crate; its SAFETY
 //! comments rest on three facts:
 //!
-//! 1. There is one processor and no interrupt is enabled, so nothing runs beside us.
+//! 1. There is one processor and no interrupt is enabled, so nothing runs beside us. (Where
+//!    [`interrupts`] lets interrupts in, only its handler runs, which touches nothing but its own counters.)
 //! 2. The first 32 MiB are identity-mapped whenever paging is on; the image lies below
 //!    [`memory::FREE_START`], and tests write only at or above it or in their own windows.
 //! 3. Every exception lands in [`trap`], which comes back to the innermost [`trap::catch`].
@@ -23,6 +24,8 @@ pub mod entry;
 pub mod exceptions;
 pub mod firmware;
 pub mod hello;
+#[cfg(target_arch = "x86_64")]
+pub mod interrupts;
 pub mod memory;
 pub mod paging;
 #[cfg(target_arch = "x86_64")]
