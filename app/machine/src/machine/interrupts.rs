@@ -133,16 +133,22 @@ impl Machine {
         self.send(message);
     }
 
+    /// Whether a line can interrupt the processor by either way.
     fn is_unmasked(&self, irq: u8) -> bool {
-        self.pic.is_unmasked(irq) || self.io_apic.is_unmasked(io_apic_input(irq))
+        self.pic.is_unmasked(irq) && self.is_pic_wired()
+            || self.io_apic.is_unmasked(io_apic_input(irq))
     }
 
     /// Whether the i8259 pair's request reaches the processor.
     fn external_interrupt(&self) -> bool {
-        let wired = self.msrs.apic_base().mode() == ApicMode::Disabled
+        self.pic.is_pending() && self.is_pic_wired()
+    }
+
+    /// Whether the i8259 pair's output is connected to the processor.
+    fn is_pic_wired(&self) -> bool {
+        self.msrs.apic_base().mode() == ApicMode::Disabled
             || self.local_apic.passes_ext_int()
-            || self.io_apic.passes_ext_int();
-        wired && self.pic.is_pending()
+            || self.io_apic.passes_ext_int()
     }
 }
 

@@ -228,13 +228,88 @@ fn the_timer_interrupts_through_the_virtual_wire() {
     }
     write_apic(&mut machine, 0xf0, 0x1ff);
     write_apic(&mut machine, 0x350, 0x1_0700);
-    machine.advance(machine.next_deadline().expect("the timer runs"));
+    machine.advance(GuestTime::from_seconds(1));
     assert!(!machine.pending_interrupt(), "LINT0 is masked");
 }
 
 #[test]
 fn a_masked_timer_needs_no_attention() {
     assert_eq!(machine().next_deadline(), None);
+}
+
+#[test]
+fn a_timer_needs_attention_only_where_it_reaches_the_processor() {
+    let mut machine = machine();
+    initialize_pic(&mut machine);
+    let tick = GuestTime::from_nanoseconds(54_925_402);
+    assert_eq!(machine.next_deadline(), Some(tick), "through LINT0");
+    write_apic(&mut machine, 0xf0, 0x1ff);
+    write_apic(&mut machine, 0x350, 0x1_0000);
+    assert_eq!(machine.next_deadline(), None, "LINT0 is masked");
+    write_io_apic(&mut machine, 0x10 + 4, 0x30);
+    assert_eq!(machine.next_deadline(), Some(tick), "through the I/O APIC");
+}
+
+#[test]
+fn every_timer_is_due_when_it_says() {
+    let mut machine = machine();
+    write_apic(&mut machine, 0xf0, 0x1ff);
+    for (input, vector) in [(2, 0x31), (8, 0x38), (9, 0x39)] {
+        write_io_apic(&mut machine, 0x10 + 2 * input, vector);
+    }
+    // 100 Hz, 64 Hz, the power management timer's highest bit, and a period of 7 ms.
+    for (port, value) in [
+        (0x43, 0x34),
+        (0x40, 0x9c),
+        (0x40, 0x2e),
+        (0x70, 0x0a),
+        (0x71, 0x2a),
+        (0x70, 0x0b),
+        (0x71, 0x42),
+        (0xb2, 0xf1),
+        (0x602, 0x01),
+    ] {
+        out(&mut machine, port, value);
+    }
+    write_apic(&mut machine, 0x3e0, 0b1011);
+    write_apic(&mut machine, 0x320, 0x2_0050);
+    write_apic(&mut machine, 0x380, 7_000_000);
+    let mut counts = [0_u32; 256];
+    let end = GuestTime::from_seconds(10);
+    loop {
+        let deadline = machine.next_deadline().expect("timers run");
+        if deadline > end {
+            break;
+        }
+        machine.advance(GuestTime::from_nanoseconds(deadline.as_nanoseconds() - 1));
+        assert!(!machine.pending_interrupt(), "{deadline:?}");
+        machine.advance(deadline);
+        assert!(machine.pending_interrupt(), "{deadline:?}");
+        while let Some(vector) = machine.acknowledge_interrupt() {
+            counts[usize::from(vector)] += 1;
+            out(&mut machine, 0x70, 0x0c);
+            machine.read_port(0x71, IoWidth::Byte);
+            write_apic(&mut machine, 0xb0, 0);
+        }
+    }
+    assert_eq!(
+        [0x31, 0x38, 0x50].map(|vector| counts[vector]),
+        [999, 640, 1428]
+    );
+}
+
+#[test]
+fn power_management_through_the_bus() {
+    let mut machine = machine();
+    machine.advance(GuestTime::from_seconds(1));
+    assert_eq!(machine.read_port(0x608, IoWidth::DoubleWord), 3_579_545);
+    assert_eq!(machine.read_port(0x604, IoWidth::Word), 0);
+    out(&mut machine, 0xb2, 0xf1);
+    assert_eq!(machine.read_port(0x604, IoWidth::Word), 1);
+    machine.write_port(0x604, IoWidth::Word, 0x2401);
+    assert_eq!(machine.take_shutdown(), None, "not the type of S5");
+    machine.write_port(0x604, IoWidth::Word, 0x2001);
+    assert_eq!(machine.take_shutdown(), Some(Shutdown::PowerOff));
 }
 
 #[test]
