@@ -1,9 +1,16 @@
-//! What the boot loader has passed: one guest image, and possibly an initial RAM disk for it.
+//! The files that the boot loader has passed.
 //!
-//! The first boot module is either a tar archive with the members `guest` and, if there is one,
-//! `initrd`, or it is the guest image itself. Without a module the embedded guest runs.
+//! Each boot module is one file, named after its path; a module that is a tar archive is its members
+//! instead. A guest finds its files by name, and a single guest also by their order: the archive's
+//! members `guest` and `initrd`, or else the first module and the second. Without any module the
+//! embedded guest runs.
+
+use alloc::format;
+use alloc::string::String;
+use alloc::vec::Vec;
 
 use tar_no_std::TarArchiveRef;
+use umbra_report::options::GuestOptions;
 
 use crate::platform::BootModule;
 
@@ -11,6 +18,8 @@ use crate::platform::BootModule;
 const EMBEDDED_GUEST: &[u8] = include_bytes!(env!("UMBRA_DEFAULT_GUEST"));
 /// Its name.
 pub const EMBEDDED_GUEST_NAME: &str = "hello";
+/// The name of the configuration file.
+const CONFIGURATION: &str = "umbra.toml";
 
 /// A guest image with what belongs to it.
 #[derive(Clone, Copy, Debug)]
@@ -21,42 +30,114 @@ pub struct GuestFiles {
     pub initrd: Option<&'static [u8]>,
 }
 
-/// Finds the guest among the boot loader's modules.
-///
-/// # Errors
-/// One line that says what is wrong with the archive.
-pub fn find_guest(modules: &[BootModule]) -> Result<GuestFiles, &'static str> {
-    let Some(first) = modules.first() else {
-        return Ok(GuestFiles {
-            image: EMBEDDED_GUEST,
-            initrd: None,
-        });
-    };
-    if !is_tar(first.data) {
-        return Ok(GuestFiles {
-            image: first.data,
-            initrd: modules.get(1).map(|module| module.data),
-        });
+/// A file.
+struct File {
+    name: String,
+    data: &'static [u8],
+}
+
+/// All files that were passed.
+pub struct BootFiles {
+    files: Vec<File>,
+}
+
+impl BootFiles {
+    /// Lists the modules' files.
+    ///
+    /// # Errors
+    /// One line that says what is wrong with an archive.
+    pub fn new(modules: Vec<BootModule>) -> Result<Self, String> {
+        let mut files = Vec::new();
+        for module in modules {
+            if !is_tar(module.data) {
+                let name = file_name(&module.name).into();
+                let data = module.data;
+                files.push(File { name, data });
+                continue;
+            }
+            let archive = TarArchiveRef::new(module.data).map_err(|_| {
+                format!("the boot module {:?} is a damaged tar archive", module.name)
+            })?;
+            for entry in archive.entries() {
+                let name = entry.filename();
+                let name = name.as_str().map_err(|_| {
+                    format!(
+                        "the boot module {:?} has a member whose name is not UTF-8",
+                        module.name
+                    )
+                })?;
+                files.push(File {
+                    name: file_name(name).into(),
+                    data: entry.data(),
+                });
+            }
+        }
+        Ok(Self { files })
     }
-    let archive = TarArchiveRef::new(first.data)
-        .map_err(|_| "the boot module is a damaged tar archive: pass one with a member `guest`")?;
-    let member = |name: &str| {
-        archive
-            .entries()
-            .find(|entry| {
-                entry
-                    .filename()
-                    .as_str()
-                    .is_ok_and(|entry_name| entry_name == name)
-            })
-            .map(|entry| entry.data())
-    };
-    let image = member("guest")
-        .ok_or("the boot module is a tar archive without a member `guest`: add the guest image")?;
-    Ok(GuestFiles {
-        image,
-        initrd: member("initrd"),
-    })
+
+    /// The text of the configuration file, if there is one.
+    ///
+    /// # Errors
+    /// One line if it is not a text.
+    pub fn configuration(&self) -> Result<Option<&'static str>, String> {
+        self.find(CONFIGURATION)
+            .map(|data| core::str::from_utf8(data))
+            .transpose()
+            .map_err(|error| format!("{CONFIGURATION}: {error}"))
+    }
+
+    /// A guest's files; `of` says how many guests there are.
+    ///
+    /// # Errors
+    /// One line that says what is missing.
+    pub fn of_guest(&self, guest: &GuestOptions, of: usize) -> Result<GuestFiles, String> {
+        let name = guest.name.as_deref().unwrap_or(EMBEDDED_GUEST_NAME);
+        let by_name = match &guest.image {
+            Some(image) => Some(self.require(image)?),
+            None => self.find(name),
+        };
+        let (image, second) = match by_name {
+            Some(image) => (image, None),
+            None if of > 1 => (self.require(name)?, None),
+            None => match self.find("guest") {
+                Some(image) => (image, self.find("initrd")),
+                None => (self.by_order(0).unwrap_or(EMBEDDED_GUEST), self.by_order(1)),
+            },
+        };
+        let initrd = match &guest.initrd {
+            Some(initrd) => Some(self.require(initrd)?),
+            None => second,
+        };
+        Ok(GuestFiles { image, initrd })
+    }
+
+    fn find(&self, name: &str) -> Option<&'static [u8]> {
+        let file = self.files.iter().find(|file| file.name == name)?;
+        Some(file.data)
+    }
+
+    fn by_order(&self, index: usize) -> Option<&'static [u8]> {
+        let guests = self.files.iter().filter(|file| file.name != CONFIGURATION);
+        guests.map(|file| file.data).nth(index)
+    }
+
+    fn require(&self, name: &str) -> Result<&'static [u8], String> {
+        let found = self.find(file_name(name));
+        let embedded = (name == EMBEDDED_GUEST_NAME).then_some(EMBEDDED_GUEST);
+        found.or(embedded).ok_or_else(|| {
+            let names: Vec<_> = self.files.iter().map(|file| file.name.as_str()).collect();
+            let there_are = match &names[..] {
+                [] => "there is no module at all".into(),
+                names => format!("there are: {}", names.join(", ")),
+            };
+            format!("no boot module is named {name:?}; {there_are}")
+        })
+    }
+}
+
+/// A path's last component.
+fn file_name(path: &str) -> &str {
+    path.rsplit('/').next().unwrap_or(path)
 }
 
 /// Whether the data begin with a tar header (POSIX.1-1988 ustar: magic at byte 257).

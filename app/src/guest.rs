@@ -1,6 +1,7 @@
 //! One guest: its processor, its shadow MMU, its machine, and the loop that runs it.
 //!
-//! Protocol of the loop: (1) point the processor at the shadow root and drop the translations that
+//! Protocol of a turn: the machine's time goes on, then entry follows entry until the time slice is
+//! over. Protocol of an entry: (1) point the processor at the shadow root and drop the translations that
 //! the MMU has asked to drop, (2) hand over an interrupt if one can be taken, (3) run until an
 //! exit, (4) handle the exit. Every exit is handled by one of the modules `paging`, `control`,
 //! `ports` and `mmio`; each of them either changes the guest or raises an exception in it, and
@@ -24,7 +25,7 @@ use crate::paging::Paging;
 use crate::{control, mmio, platform, ports, protection_keys, timestamp};
 
 /// The longest time that a guest runs without the loop looking at its clock, in microseconds.
-const TICK_MICROSECONDS: u64 = 10_000;
+pub const TICK_MICROSECONDS: u64 = 10_000;
 
 /// Why a guest ends.
 #[derive(Debug)]
@@ -108,20 +109,71 @@ pub struct Guest {
     pub exits: ExitCounts,
     /// The time-stamp counter at which the watchdog ends it.
     pub deadline: Option<u64>,
+    /// The time-stamp counter at its first turn.
+    pub start: Option<u64>,
+    /// Whether it waits for an interrupt.
+    pub halted: Halted,
+}
+
+/// Whether the guest waits for an interrupt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Halted {
+    /// It runs.
+    No,
+    /// It has executed HLT.
+    Yes,
+}
+
+/// How a guest's turn went.
+#[derive(Debug)]
+pub enum Turn {
+    /// Its time slice is over.
+    Over,
+    /// It waits for an interrupt.
+    Waiting,
+    /// It has ended.
+    Ended(End),
+}
+
+/// How far one entry of the guest has brought it.
+enum Progress {
+    /// It can go on at once.
+    Continues,
+    /// Its time slice is over.
+    SliceEnds,
 }
 
 impl Guest {
-    /// Runs the guest to its end and completes its report.
-    pub fn run(mut self) -> Report {
-        platform::interrupt_every(TICK_MICROSECONDS);
+    /// Runs the guest until its time slice is over, it waits, or it ends.
+    pub fn turn(&mut self) -> Turn {
+        if self.start.is_none() {
+            self.start = Some(platform::timestamp());
+        }
+        self.advance_time();
         self.begin_time_slice();
-        let start = platform::timestamp();
-        let end = loop {
-            if let Err(end) = self.step() {
-                break end;
+        loop {
+            if self.halted == Halted::Yes {
+                if let Err(end) = self.check_deadline() {
+                    return Turn::Ended(end);
+                }
+                if !self.wakes() {
+                    return Turn::Waiting;
+                }
+                self.halted = Halted::No;
             }
-        };
-        let ticks = platform::timestamp() - start;
+            match self.step() {
+                Ok(Progress::Continues) => {}
+                Ok(Progress::SliceEnds) => return Turn::Over,
+                Err(end) => return Turn::Ended(end),
+            }
+        }
+    }
+
+    /// Completes the report of a guest that has ended, and gives back all that the guest held.
+    pub fn finish(self, end: End) -> Report {
+        let now = platform::timestamp();
+        let start = self.start.unwrap_or(now);
+        let ticks = now - start;
         let mut report = self.report;
         let counted = REASONS
             .iter()
@@ -153,7 +205,7 @@ impl Guest {
     }
 
     /// Enters the guest once and handles its exit.
-    fn step(&mut self) -> Result<(), End> {
+    fn step(&mut self) -> Result<Progress, End> {
         let root = self.paging.prepare_entry()?;
         if root.change == RootChange::Changed {
             self.vcpu.set_shadow_paging(root.paging);
@@ -168,9 +220,10 @@ impl Guest {
         self.check_deadline()?;
         self.handle(&exit)?;
 
-        match self.machine.take_shutdown() {
-            Some(shutdown) => Err(end_of_machine(shutdown)),
-            None => Ok(()),
+        match (self.machine.take_shutdown(), exit) {
+            (Some(shutdown), _) => Err(end_of_machine(shutdown)),
+            (None, Exit::HostInterrupt | Exit::TimeSliceEnd) => Ok(Progress::SliceEnds),
+            (None, _) => Ok(Progress::Continues),
         }
     }
 
@@ -232,13 +285,12 @@ impl Guest {
                 protection_keys::invalid_opcode(self)
             }
             Exit::Exception(exception) => self.raise(exception),
-            Exit::HostInterrupt | Exit::TimeSliceEnd => {
-                self.advance_time();
-                self.begin_time_slice();
-                Ok(())
-            }
-            // The loop looks at interrupts before each entry.
-            Exit::HostNmi | Exit::InterruptWindow | Exit::NmiWindow => Ok(()),
+            // The loop looks at interrupts before each entry, and at the time before each turn.
+            Exit::HostInterrupt
+            | Exit::TimeSliceEnd
+            | Exit::HostNmi
+            | Exit::InterruptWindow
+            | Exit::NmiWindow => Ok(()),
             Exit::Cpuid => control::cpuid(self),
             Exit::ReadMsr(index) => control::read_msr(self, index),
             Exit::WriteMsr { index, value } => control::write_msr(self, index, value),
@@ -310,26 +362,24 @@ impl Guest {
     /// HLT: waits until an interrupt is due.
     fn halt(&mut self) -> Result<(), End> {
         self.vcpu.skip_instruction();
-        loop {
-            if self.machine.pending_interrupt() && self.vcpu.windows().interrupt == Window::Open
-                || self.vcpu.events().needs_nmi_window()
-                || !self.vcpu.events().accepts_interrupt()
-            {
-                return Ok(());
-            }
-            if self.vcpu.windows().interrupt == Window::Closed {
-                return Err(End::new(
-                    Outcome::Halted,
-                    format!(
-                        "the guest halted with interrupts off before {:#x}: nothing can wake it",
-                        self.vcpu.registers().rip
-                    ),
-                ));
-            }
-            platform::wait_for_interrupt();
-            self.advance_time();
-            self.check_deadline()?;
+        if !self.wakes() && self.vcpu.windows().interrupt == Window::Closed {
+            return Err(End::new(
+                Outcome::Halted,
+                format!(
+                    "the guest halted with interrupts off before {:#x}: nothing can wake it",
+                    self.vcpu.registers().rip
+                ),
+            ));
         }
+        self.halted = Halted::Yes;
+        Ok(())
+    }
+
+    /// Whether something ends a halt.
+    fn wakes(&self) -> bool {
+        self.machine.pending_interrupt() && self.vcpu.windows().interrupt == Window::Open
+            || self.vcpu.events().needs_nmi_window()
+            || !self.vcpu.events().accepts_interrupt()
     }
 
     /// The end for what Umbra does not do.

@@ -9,37 +9,54 @@ use umbra_machine::devices::fw_cfg::{E820Entry, FwCfg};
 use umbra_machine::processor::cpuid::CpuidPolicy;
 use umbra_machine::{Configuration, ConsoleOutput, Machine, TimeBase, acpi};
 use umbra_mmu::MmuConfig;
-use umbra_report::options::{Device, Options};
-use umbra_report::{Outcome, Report};
+use umbra_report::options::{Device, GuestOptions, Options};
+use umbra_report::{ExitCode, Outcome, Report};
 use umbra_vcpu::address::{Gfn, PAGE_SIZE};
 
+use crate::archive::BootFiles;
 use crate::driver::Driver;
-use crate::guest::{End, ExitCounts, Guest};
+use crate::guest::{End, ExitCounts, Guest, Halted};
 use crate::memory::{GuestHost, LoaderRam, RamRange};
 use crate::paging::Paging;
 use crate::physical::HostAddressSpace;
+use crate::schedule::Schedule;
 use crate::{archive, control, entry, platform, pressure, timestamp};
 
-/// Runs the guest that `options` ask for to its end.
-pub fn run_guest(options: &Options) -> Report {
-    let name = options
-        .guest
-        .as_deref()
-        .unwrap_or(archive::EMBEDDED_GUEST_NAME);
-    match prepare(name, options) {
-        Ok(guest) => guest.run(),
-        Err(end) => {
-            hermit::println!("umbra: {}", end.message);
-            Report::new(name, end.outcome, end.message)
+/// Runs the guests that `options` ask for to their ends, and returns the image's exit code.
+pub fn run_guests(options: &Options, files: &BootFiles) -> ExitCode {
+    let mut schedule = Schedule::new();
+    let driver = Driver::enable(&HostAddressSpace);
+    for guest in &options.guests {
+        let name = guest
+            .name
+            .as_deref()
+            .unwrap_or(archive::EMBEDDED_GUEST_NAME);
+        let prepared = match &driver {
+            Ok(driver) => prepare(name, guest, options.guests.len(), files, driver),
+            Err(error) => Err(End::new(Outcome::NoVirtualization, error.as_str())),
+        };
+        match prepared {
+            Ok(guest) => schedule.add(guest),
+            Err(end) => {
+                hermit::println!("umbra: {}", end.message);
+                schedule.report(&Report::new(name, end.outcome, end.message));
+            }
         }
     }
+    schedule.run()
 }
 
-fn prepare(name: &str, options: &Options) -> Result<Guest, End> {
-    let files = archive::find_guest(&platform::boot_modules())
+/// Builds and loads one guest `of` several.
+fn prepare(
+    name: &str,
+    options: &GuestOptions,
+    of: usize,
+    files: &BootFiles,
+    driver: &Driver,
+) -> Result<Guest, End> {
+    let files = files
+        .of_guest(options, of)
         .map_err(|message| End::new(Outcome::BadImage, message))?;
-    let driver = Driver::enable(&HostAddressSpace)
-        .map_err(|error| End::new(Outcome::NoVirtualization, format!("{error}")))?;
 
     let memory_map = MemoryMap::new(options.memory);
     let ranges: Vec<RamRange> = memory_map
@@ -92,7 +109,7 @@ fn prepare(name: &str, options: &Options) -> Result<Guest, End> {
     let mut machine = Machine::new(Configuration {
         time_base: TimeBase::new(platform::timestamp(), timestamp::frequency()),
         features: *cpuid.features(),
-        console: Box::new(Console::default()),
+        console: Box::new(Console::new((of > 1).then_some(name))),
     });
     machine.set_wall_clock(platform::unix_time());
     match options.device {
@@ -147,11 +164,13 @@ fn prepare(name: &str, options: &Options) -> Result<Guest, End> {
         report,
         exits: ExitCounts::default(),
         deadline,
+        start: None,
+        halted: Halted::No,
     })
 }
 
 /// Tells the guest through the configuration device what its loader knows.
-fn describe_machine(fw_cfg: &mut FwCfg, options: &Options, memory_map: &MemoryMap) {
+fn describe_machine(fw_cfg: &mut FwCfg, options: &GuestOptions, memory_map: &MemoryMap) {
     let entries: Vec<_> = memory_map
         .ranges()
         .iter()
@@ -167,23 +186,35 @@ fn describe_machine(fw_cfg: &mut FwCfg, options: &Options, memory_map: &MemoryMa
     fw_cfg.set_memory_map(&entries);
 }
 
-/// The guest's serial output, handed to the host's console line by line.
-#[derive(Default)]
+/// The guest's serial output, handed to the host's console line by line, with the guest's name before
+/// each line if there are other guests.
 struct Console {
     line: Vec<u8>,
+    /// How much of the line is the name.
+    prefix: usize,
 }
 
 impl Console {
     /// The longest line that is held back.
     const CAPACITY: usize = 256;
+
+    fn new(name: Option<&str>) -> Self {
+        let line = name.map_or_else(Vec::new, |name| format!("{name}| ").into_bytes());
+        let prefix = line.len();
+        Self { line, prefix }
+    }
 }
 
 impl ConsoleOutput for Console {
     fn write(&mut self, byte: u8) {
         self.line.push(byte);
-        if byte == b'\n' || self.line.len() >= Self::CAPACITY {
+        if byte == b'\n' || self.line.len() - self.prefix >= Self::CAPACITY {
+            if byte != b'\n' && self.prefix != 0 {
+                // Other guests' lines may follow.
+                self.line.push(b'\n');
+            }
             platform::write_console(&self.line);
-            self.line.clear();
+            self.line.truncate(self.prefix);
         }
     }
 }
@@ -191,7 +222,7 @@ impl ConsoleOutput for Console {
 impl Drop for Console {
     /// The report line must begin a line of its own.
     fn drop(&mut self) {
-        if !self.line.is_empty() {
+        if self.line.len() > self.prefix {
             self.line.push(b'\n');
             platform::write_console(&self.line);
         }

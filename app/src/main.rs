@@ -1,8 +1,8 @@
 //! The Umbra unikernel: one Hermit application that is the hypervisor.
 //!
-//! It reads its options, takes the guest that the boot loader passed, runs it under whichever
-//! virtualization extension the processor has, prints one report line, and ends the system with
-//! the report's exit code.
+//! It reads its options, takes the guests that the boot loader passed, runs them under whichever
+//! virtualization extension the processor has, prints one report line for each, and ends the system
+//! with the exit code of the first that failed.
 
 #![no_std]
 #![no_main]
@@ -31,13 +31,18 @@ mod platform;
 mod ports;
 mod pressure;
 mod protection_keys;
+mod schedule;
 #[allow(unsafe_code, reason = "measuring it needs ports")]
 mod timestamp;
 
+use alloc::string::{String, ToString};
+use alloc::vec::Vec;
 use core::ffi::c_char;
 
 use umbra_report::options::{self, Request};
-use umbra_report::{ExitCode, Outcome, Report};
+use umbra_report::{ExitCode, Outcome, Report, config};
+
+use crate::archive::BootFiles;
 
 /// Entry point that Hermit calls after it has booted. Never returns: it shuts the system down.
 // SAFETY: the kernel declares exactly this function, and no other crate defines it.
@@ -49,17 +54,31 @@ extern "C" fn main(_argc: i32, _argv: *const *const c_char, _env: *const *const 
 }
 
 fn run() -> ExitCode {
-    let report = match options::parse(platform::arguments()) {
-        Ok(Request::Help) => {
+    match read_options() {
+        Ok((Request::Help, _)) => {
             platform::write_console(options::HELP.as_bytes());
-            return ExitCode::Success;
+            ExitCode::Success
         }
-        Ok(Request::Run(options)) => launch::run_guest(&options),
-        Err(error) => {
-            hermit::println!("umbra: {error}");
-            Report::new("", Outcome::BadOption, alloc::format!("{error}"))
+        Ok((Request::Run(options), files)) => launch::run_guests(&options, &files),
+        Err(report) => {
+            hermit::println!("umbra: {}", report.message);
+            hermit::println!("{}", report.line());
+            report.exit_code
         }
-    };
-    hermit::println!("{}", report.line());
-    report.exit_code
+    }
+}
+
+/// What the command line and the configuration file ask for, and the files that were passed.
+fn read_options() -> Result<(Request, BootFiles), Report> {
+    let bad_image = |message| Report::new("", Outcome::BadImage, message);
+    let bad_option = |message| Report::new("", Outcome::BadOption, message);
+    let files = BootFiles::new(platform::boot_modules()).map_err(bad_image)?;
+    let mut arguments: Vec<String> = platform::arguments();
+    if let Some(text) = files.configuration().map_err(bad_option)? {
+        arguments =
+            config::merge(text, arguments).map_err(|error| bad_option(error.to_string()))?;
+    }
+    let request = options::parse(arguments.iter().map(String::as_str))
+        .map_err(|error| bad_option(error.to_string()))?;
+    Ok((request, files))
 }

@@ -15,13 +15,14 @@ pub fn write_console(bytes: &[u8]) {
 }
 
 /// The words after `--` on the kernel's command line.
-pub fn arguments() -> Vec<&'static str> {
-    hermit::env::args().iter().map(String::as_str).collect()
+pub fn arguments() -> Vec<String> {
+    hermit::env::args().to_vec()
 }
 
 /// A file that the boot loader has put into memory.
-#[derive(Clone, Copy)]
 pub struct BootModule {
+    /// What the boot loader calls it: a path, or nothing.
+    pub name: String,
     /// Its content.
     pub data: &'static [u8],
 }
@@ -46,7 +47,14 @@ pub fn boot_modules() -> Vec<BootModule> {
             // gives the kernel, and has mapped it; nothing ever writes to it.
             let data =
                 unsafe { core::slice::from_raw_parts(region.starting_address, region.size?) };
-            Some(BootModule { data })
+            let name = node
+                .property("bootargs")
+                .and_then(|property| property.as_str())
+                .unwrap_or_default();
+            Some(BootModule {
+                name: name.into(),
+                data,
+            })
         })
         .collect()
 }

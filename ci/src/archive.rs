@@ -78,7 +78,11 @@ pub fn google_cloud(disk: impl Read, size: u64, path: &Path) -> Result<()> {
     Ok(())
 }
 
-fn ustar(entries: &[Entry<'_>]) -> Result<Vec<u8>> {
+/// An uncompressed ustar archive.
+///
+/// # Errors
+/// When a name is too long for the format.
+pub fn ustar(entries: &[Entry<'_>]) -> Result<Vec<u8>> {
     let mut archive = Builder::new(Vec::new());
     for entry in entries {
         let mut header = Header::new_ustar();

@@ -5,6 +5,7 @@
 mod archive;
 mod build;
 mod command;
+mod config;
 mod disk;
 mod doctor;
 mod grub;

@@ -1,7 +1,7 @@
 //! What a finished run says: the exit code that the machine gave, and the report line that must agree
 //! with it.
 
-use umbra_report::{ExitCode, Report};
+use umbra_report::{ExitCode, Report, ReportError};
 
 use crate::build::Application;
 use crate::platform::Ending;
@@ -20,17 +20,17 @@ pub fn exit_status(console: &str) -> Option<u8> {
 pub struct Result {
     /// The exit code of the run.
     pub code: u8,
-    /// Umbra's report, if it gave one.
-    pub report: Option<Report>,
+    /// Umbra's reports, one for each guest, in the order in which they ended.
+    pub reports: Vec<Report>,
     /// What is wrong with the run itself, apart from what the guest did.
     pub problem: Option<String>,
 }
 
-/// Compares how the machine ended with what the console says. Success needs proof on the console,
-/// because some machines end with 0 without having run anything.
-pub fn judge(ending: Ending, console: &str, application: Application) -> Result {
-    let report = Report::from_console(console);
-    let (code, problem) = match (ending, &report) {
+/// Compares how the machine ended with what the console says about its `guests`. Success needs proof
+/// on the console, because some machines end with 0 without having run anything.
+pub fn judge(ending: Ending, console: &str, application: Application, guests: usize) -> Result {
+    let reports = reports(console, guests);
+    let (code, problem) = match (ending, &reports) {
         (Ending::Failed(reason), _) => (ExitCode::GuestFailed.as_u8(), Some(reason)),
         (Ending::Exit(code), _) if application != Application::Umbra => {
             let proven = exit_status(console) == Some(code);
@@ -42,8 +42,8 @@ pub fn judge(ending: Ending, console: &str, application: Application) -> Result 
             ExitCode::GuestFailed.as_u8(),
             Some(format!("the run ended with 0, but: {error}")),
         ),
-        (Ending::Exit(code), Ok(report)) if report.exit_code.as_u8() != code => {
-            let reported = report.exit_code;
+        (Ending::Exit(code), Ok(reports)) if first_failure(reports).as_u8() != code => {
+            let reported = first_failure(reports);
             let code = if code == 0 {
                 reported.as_u8().max(1)
             } else {
@@ -52,7 +52,7 @@ pub fn judge(ending: Ending, console: &str, application: Application) -> Result 
             (
                 code,
                 Some(format!(
-                    "the run ended with {code}, but the report says {reported}"
+                    "the run ended with {code}, but the reports say {reported}"
                 )),
             )
         }
@@ -60,9 +60,26 @@ pub fn judge(ending: Ending, console: &str, application: Application) -> Result 
     };
     Result {
         code,
-        report: report.ok(),
+        reports: reports.unwrap_or_default(),
         problem,
     }
+}
+
+/// The last reports of a console. A lone guest may print lines that look like reports, but none comes
+/// after Umbra's; several guests' lines begin with their names.
+fn reports(console: &str, guests: usize) -> std::result::Result<Vec<Report>, ReportError> {
+    let all: Vec<_> = Report::all_from_console(console).collect();
+    let first = all.len().checked_sub(guests).ok_or(ReportError::Missing)?;
+    all.into_iter().skip(first).collect()
+}
+
+/// The exit code of the first guest that failed.
+fn first_failure(reports: &[Report]) -> ExitCode {
+    let codes = reports.iter().map(|report| report.exit_code);
+    codes
+        .into_iter()
+        .find(|&code| code != ExitCode::Success)
+        .unwrap_or(ExitCode::Success)
 }
 
 #[cfg(test)]
@@ -72,7 +89,7 @@ mod tests {
     use super::*;
 
     fn judge(ending: Ending, console: &str) -> Result {
-        super::judge(ending, console, Application::Umbra)
+        super::judge(ending, console, Application::Umbra, 1)
     }
 
     fn console(outcome: Outcome) -> String {
@@ -109,7 +126,7 @@ mod tests {
     #[test]
     fn other_applications_need_the_exit_status() {
         let judge = |console| {
-            super::judge(Ending::Exit(0), console, Application::LowMemoryCallback)
+            super::judge(Ending::Exit(0), console, Application::LowMemoryCallback, 1)
                 .problem
                 .is_none()
         };
@@ -120,7 +137,8 @@ mod tests {
     #[test]
     fn a_failure_needs_none() {
         let early = judge(Ending::Exit(2), "umbra-boot: no memory map\n");
-        assert_eq!((early.code, early.problem, early.report), (2, None, None));
+        assert_eq!((early.code, early.problem), (2, None));
+        assert!(early.reports.is_empty());
     }
 
     #[test]
@@ -128,6 +146,21 @@ mod tests {
         let contradiction = judge(Ending::Exit(0), &console(Outcome::TripleFault));
         assert_eq!(contradiction.code, 6);
         assert!(contradiction.problem.is_some());
+    }
+
+    #[test]
+    fn several_guests_have_a_report_each() {
+        let judge = |code, outcomes: &[Outcome]| {
+            let lines = outcomes.iter().map(|&outcome| console(outcome));
+            let text: String = lines.collect();
+            super::judge(Ending::Exit(code), &text, Application::Umbra, 2)
+        };
+        let good = judge(6, &[Outcome::Succeeded, Outcome::TripleFault]);
+        assert_eq!((good.code, good.problem, good.reports.len()), (6, None, 2));
+        assert!(judge(0, &[Outcome::Succeeded]).problem.is_some());
+        let hidden = judge(0, &[Outcome::TripleFault, Outcome::Succeeded]);
+        assert_eq!(hidden.code, 6);
+        assert!(hidden.problem.is_some());
     }
 
     #[test]

@@ -9,6 +9,7 @@ use umbra_report::options::{self, Request};
 
 use crate::archive;
 use crate::build::{Application, Builder};
+use crate::config::Config;
 use crate::disk;
 use crate::guest::{self, Source};
 use crate::input::BadInput;
@@ -31,6 +32,10 @@ pub struct Options {
     /// path [default: hello]
     #[arg(long, value_name = "FILE|NAME")]
     guest: Option<String>,
+    /// Several guests, as this umbra.toml describes them; its guests are Umbra's own by name, or files
+    /// beside it
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["guest", "initrd", "append", "memory", "mmu_pages"])]
+    config: Option<PathBuf>,
     /// A file to pass to the guest as its initrd or first module
     #[arg(long, value_name = "FILE", requires = "guest")]
     initrd: Option<PathBuf>,
@@ -61,9 +66,17 @@ pub fn run(project: &Project, options: &Options) -> Result<u8> {
         .as_deref()
         .map(|name| Source::find(&guest::own(project)?, name))
         .transpose()?;
+    let config = options
+        .config
+        .as_deref()
+        .map(|path| Config::read(project, path))
+        .transpose()?;
     let arguments = arguments(options, source.as_ref());
     // Bad values are better refused here than after a boot.
-    let mut memory_mib = host_memory_mib(&arguments)?;
+    let mut memory_mib = match &config {
+        Some(config) => machine_memory_mib(config.memory()),
+        None => host_memory_mib(&arguments)?,
+    };
     let initrd = options.initrd.as_deref().map(read).transpose()?;
 
     setup::install(&options.on.needs())?;
@@ -75,15 +88,21 @@ pub fn run(project: &Project, options: &Options) -> Result<u8> {
     let image = builder.boot_elf(Application::Umbra)?;
     let work = project.target("runs")?.join(format!("run-{}", options.on));
     fs::create_dir_all(&work)?;
-    let archive = match files {
-        Some(files) => {
-            let path = work.join("guest.tar");
+    let archive = match (files, &config) {
+        (Some(files), _) => {
             let initrd = match (initrd, files.initrd) {
                 (Some(initrd), _) => Some(initrd),
                 (None, Some(path)) => Some(read(&path)?),
                 (None, None) => None,
             };
-            let archive = archive::guest(&read(&files.image)?, initrd.as_deref())?;
+            Some(archive::guest(&read(&files.image)?, initrd.as_deref())?)
+        }
+        (None, Some(config)) => Some(config.archive(&builder)?),
+        (None, None) => None,
+    };
+    let archive = match archive {
+        Some(archive) => {
+            let path = work.join("guest.tar");
             memory_mib += archive_memory_mib(&archive);
             fs::write(&path, archive)?;
             Some(path)
@@ -103,15 +122,17 @@ pub fn run(project: &Project, options: &Options) -> Result<u8> {
         work: &work,
     };
     let ending = options.on.run(project, &boot, &console)?;
-    let result = report::judge(ending, &console.text(), Application::Umbra);
+    let guests = config.as_ref().map_or(1, Config::guests);
+    let result = report::judge(ending, &console.text(), Application::Umbra, guests);
     if let Some(problem) = &result.problem {
         eprintln!("{problem}");
     }
     if let Some(path) = &options.json {
-        let Some(report) = &result.report else {
-            bail!("no report to write to {}", path.display());
-        };
-        let json = serde_json::to_string_pretty(report)? + "\n";
+        let json = match &result.reports[..] {
+            [] => bail!("no report to write to {}", path.display()),
+            [report] => serde_json::to_string_pretty(report)?,
+            reports => serde_json::to_string_pretty(reports)?,
+        } + "\n";
         fs::write(path, json).with_context(|| format!("cannot write {}", path.display()))?;
     }
     Ok(result.code)
@@ -161,10 +182,15 @@ pub fn host_memory_mib(arguments: &[String]) -> Result<u64> {
     let request = options::parse(arguments.iter().map(String::as_str))
         .map_err(|error| BadInput(error.to_string()))?;
     let guest = match request {
-        Request::Run(options) => options.memory,
+        Request::Run(options) => options.memory(),
         Request::Help => 0,
     };
-    Ok(guest.div_ceil(1 << 20) + HOST_MEMORY_MIB)
+    Ok(machine_memory_mib(guest))
+}
+
+/// The memory of a machine, in MiB, whose guests have so many bytes.
+pub fn machine_memory_mib(guests: u64) -> u64 {
+    guests.div_ceil(1 << 20) + HOST_MEMORY_MIB
 }
 
 /// The memory that the machine needs besides, in MiB: the boot loader keeps the archive in it while

@@ -13,6 +13,7 @@ use serde::Deserialize;
 use umbra_report::{ExitCode, Outcome, Report};
 
 use crate::build::Application;
+use crate::config::Config;
 use crate::disk;
 use crate::guest::{self, Guest, Source};
 use crate::input::BadInput;
@@ -45,6 +46,8 @@ pub struct Scenario {
     /// Where that guest comes from.
     #[serde(skip)]
     pub source: Option<Source>,
+    /// Several guests instead: an umbra.toml, by its path relative to the scenario's.
+    config: Option<PathBuf>,
     /// Only so many bytes of the guest are passed on.
     pub truncate_guest: Option<usize>,
     /// The guest's first module, by its path relative to the scenario's.
@@ -84,9 +87,12 @@ pub struct Scenario {
     /// Texts that must not be on the console.
     #[serde(default)]
     forbid: Vec<String>,
-    /// What the report's fields must be.
+    /// What the fields of every guest's report must be.
     #[serde(default)]
     report: BTreeMap<String, Expectation>,
+    /// The same for a guest by name.
+    #[serde(default)]
+    reports: BTreeMap<String, BTreeMap<String, Expectation>>,
     /// The directory of the file.
     #[serde(skip)]
     directory: PathBuf,
@@ -97,6 +103,7 @@ const KEYS: Keys = Keys(&[
     ("platforms", LEAF),
     ("application", LEAF),
     ("guest", LEAF),
+    ("config", LEAF),
     ("truncate_guest", LEAF),
     ("initrd", LEAF),
     ("append", LEAF),
@@ -114,6 +121,7 @@ const KEYS: Keys = Keys(&[
     ("console", LEAF),
     ("forbid", LEAF),
     ("report", LEAF),
+    ("reports", LEAF),
 ]);
 
 fn everywhere() -> Vec<Platform> {
@@ -176,6 +184,7 @@ impl Scenario {
             platforms: everywhere(),
             application: Application::Umbra,
             guest: Some(guest.name.clone()),
+            config: None,
             truncate_guest: None,
             initrd: None,
             append: guest.command_line.clone(),
@@ -195,6 +204,7 @@ impl Scenario {
             source: Some(Source::Own(guest)),
             forbid: Vec::new(),
             report: BTreeMap::new(),
+            reports: BTreeMap::new(),
             directory: PathBuf::new(),
         }
     }
@@ -235,9 +245,9 @@ impl Scenario {
             .into_owned();
         scenario.directory = path.parent().unwrap_or(Path::new("")).to_path_buf();
         let known = fields(&Report::new("", Outcome::Succeeded, ""));
-        for field in scenario
-            .report
-            .keys()
+        let expectations = scenario.reports.values().chain([&scenario.report]);
+        for field in expectations
+            .flat_map(BTreeMap::keys)
             .filter(|field| !field.starts_with("exits."))
         {
             if !known.contains_key(field) {
@@ -272,6 +282,15 @@ impl Scenario {
         } else {
             Vec::new()
         }
+    }
+
+    /// The configuration of several guests, if that is what is booted.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn config(&self, project: &Project) -> Result<Option<Config>> {
+        let path = self.config.as_deref().map(|path| self.path(path));
+        path.map(|path| Config::read(project, &path)).transpose()
     }
 
     /// Umbra's arguments.
@@ -355,48 +374,54 @@ impl Scenario {
         {
             failures.push(format!("the console has `{text}`"));
         }
-        match &result.report {
-            Some(report) => {
-                if report
-                    .driver
-                    .is_some_and(|driver| driver != platform.driver())
-                {
-                    failures.push(format!("driver {:?} ran the guest", report.driver));
-                }
-                failures.extend(self.report_failures(report));
+        for report in &result.reports {
+            if report
+                .driver
+                .is_some_and(|driver| driver != platform.driver())
+            {
+                failures.push(format!("driver {:?} ran the guest", report.driver));
             }
-            None if !self.report.is_empty() => failures.push("there is no report".to_owned()),
-            None => {}
+            failures.extend(report_failures(&self.report, report));
+        }
+        for (guest, expected) in &self.reports {
+            match result.reports.iter().find(|report| report.guest == *guest) {
+                Some(report) => failures.extend(report_failures(expected, report)),
+                None => failures.push(format!("there is no report of {guest}")),
+            }
+        }
+        if result.reports.is_empty() && !self.report.is_empty() {
+            failures.push("there is no report".to_owned());
         }
         failures
     }
+}
 
-    fn report_failures(&self, report: &Report) -> Vec<String> {
-        let values = fields(report);
-        let exits = values.get("exits").and_then(serde_json::Value::as_object);
-        let mut failures = Vec::new();
-        for (field, expected) in &self.report {
-            let value = match field.strip_prefix("exits.") {
-                Some(reason) => exits.and_then(|exits| exits.get(reason)),
-                None => values.get(field),
-            };
-            let number = value.and_then(serde_json::Value::as_u64);
-            let is_met = match expected {
-                Expectation::Text(text) => value.and_then(serde_json::Value::as_str) == Some(text),
-                Expectation::Number(expected) => number == Some(*expected),
-                Expectation::Bounds(bounds) => {
-                    number.is_some_and(|number| (bounds.min..=bounds.max).contains(&number))
-                }
-            };
-            if !is_met {
-                let value = value.map_or("nothing".to_owned(), ToString::to_string);
-                failures.push(format!(
-                    "the report's {field} is {value}, expected {expected:?}"
-                ));
+fn report_failures(expectations: &BTreeMap<String, Expectation>, report: &Report) -> Vec<String> {
+    let values = fields(report);
+    let exits = values.get("exits").and_then(serde_json::Value::as_object);
+    let mut failures = Vec::new();
+    for (field, expected) in expectations {
+        let value = match field.strip_prefix("exits.") {
+            Some(reason) => exits.and_then(|exits| exits.get(reason)),
+            None => values.get(field),
+        };
+        let number = value.and_then(serde_json::Value::as_u64);
+        let is_met = match expected {
+            Expectation::Text(text) => value.and_then(serde_json::Value::as_str) == Some(text),
+            Expectation::Number(expected) => number == Some(*expected),
+            Expectation::Bounds(bounds) => {
+                number.is_some_and(|number| (bounds.min..=bounds.max).contains(&number))
             }
+        };
+        if !is_met {
+            let value = value.map_or("nothing".to_owned(), ToString::to_string);
+            failures.push(format!(
+                "the report of {} has {value} as {field}, expected {expected:?}",
+                report.guest
+            ));
         }
-        failures
     }
+    failures
 }
 
 fn fields(report: &Report) -> serde_json::Map<String, serde_json::Value> {
@@ -417,7 +442,7 @@ mod tests {
     fn result(code: u8, report: Option<Report>) -> report::Result {
         report::Result {
             code,
-            report,
+            reports: report.into_iter().collect(),
             problem: None,
         }
     }

@@ -16,12 +16,13 @@ use clap::Args;
 use crate::archive;
 use crate::build::{Application, Builder, GuestFiles};
 use crate::command::Step;
+use crate::config::Config;
 use crate::input::BadInput;
 use crate::keys;
 use crate::platform::{Boot, Console, Platform, Show};
 use crate::project::Project;
 use crate::report;
-use crate::run::{archive_memory_mib, host_memory_mib};
+use crate::run::{archive_memory_mib, host_memory_mib, machine_memory_mib};
 use crate::scenario::Scenario;
 use crate::setup;
 
@@ -265,6 +266,8 @@ fn count_host_tests(output: &str) -> Count {
 /// What every job boots: built once, before the first machine starts.
 struct Images {
     guests: BTreeMap<String, GuestFiles>,
+    /// The configurations of several guests, with their archives.
+    configs: BTreeMap<String, (Config, Vec<u8>)>,
     umbra: Option<PathBuf>,
     low_memory_callback: Option<PathBuf>,
 }
@@ -291,17 +294,23 @@ impl Images {
         let umbra = build(Application::Umbra)?;
         let low_memory_callback = build(Application::LowMemoryCallback)?;
         let mut guests = BTreeMap::new();
+        let mut configs = BTreeMap::new();
         for scenario in jobs.iter().map(|job| &job.scenario) {
             if let Some(source) = &scenario.source
                 && !guests.contains_key(&scenario.name)
             {
                 guests.insert(scenario.name.clone(), builder.guest_files(source)?);
             }
+            if let Some(config) = scenario.config(project)? {
+                let archive = config.archive(&builder)?;
+                configs.insert(scenario.name.clone(), (config, archive));
+            }
         }
         Ok(Self {
             guests,
             umbra,
             low_memory_callback,
+            configs,
         })
     }
 
@@ -371,12 +380,17 @@ fn boot(project: &Project, images: &Images, job: &Job, console: &Console) -> Res
         .target("runs")?
         .join(format!("{}-{}", scenario.name, job.platform));
     fs::create_dir_all(&work)?;
+    let config = images.configs.get(&scenario.name);
     let archive = pack_guest(images, scenario, &work)?;
     let memory_mib = if let Some(mib) = scenario.machine_memory_mib {
         mib
     } else {
         let archive = archive.as_ref().map_or(0, |(_, mib)| *mib);
-        host_memory_mib(&scenario.memory_arguments())? + archive
+        archive
+            + match config {
+                Some((config, _)) => machine_memory_mib(config.memory()),
+                None => host_memory_mib(&scenario.memory_arguments())?,
+            }
     };
     let boot = Boot {
         image: images.of(scenario.application)?,
@@ -391,12 +405,18 @@ fn boot(project: &Project, images: &Images, job: &Job, console: &Console) -> Res
     let ending = job.platform.run(project, &boot, console)?;
     let text = console.text();
     fs::write(work.join("console"), &text)?;
-    let result = report::judge(ending, &text, scenario.application);
+    let guests = config.map_or(1, |(config, _)| config.guests());
+    let result = report::judge(ending, &text, scenario.application, guests);
     Ok(scenario.failures(job.platform, &result, &text))
 }
 
 /// Writes the guest's archive, and returns its path and the memory that it takes in MiB.
 fn pack_guest(images: &Images, scenario: &Scenario, work: &Path) -> Result<Option<(PathBuf, u64)>> {
+    let path = work.join("guest.tar");
+    if let Some((_, archive)) = images.configs.get(&scenario.name) {
+        fs::write(&path, archive)?;
+        return Ok(Some((path, archive_memory_mib(archive))));
+    }
     let Some(files) = images.guests.get(&scenario.name) else {
         return Ok(None);
     };
@@ -410,7 +430,6 @@ fn pack_guest(images: &Images, scenario: &Scenario, work: &Path) -> Result<Optio
         (None, None) => None,
     };
     let archive = archive::guest(&guest, initrd.as_deref())?;
-    let path = work.join("guest.tar");
     fs::write(&path, &archive)?;
     Ok(Some((path, archive_memory_mib(&archive))))
 }

@@ -10,6 +10,7 @@
 
 extern crate alloc;
 
+pub mod config;
 mod exit_code;
 pub mod options;
 mod report;

@@ -1,25 +1,35 @@
 //! The image's own options, given as Hermit application arguments.
 //!
-//! `--name VALUE` and `--name=VALUE` mean the same. Each option may be given once. Every mistake is
-//! one [`OptionsError`], whose text is one line that says what is wrong and what would be right.
+//! `--name VALUE` and `--name=VALUE` mean the same. `--guest` may be given several times: options after
+//! it are that guest's, options before the first one are every guest's. Otherwise each option may be
+//! given once. Every mistake is one [`OptionsError`], whose text is one line that says what is wrong and
+//! what would be right.
 
 use alloc::string::{String, ToString};
+use alloc::vec::Vec;
 use core::fmt;
 use core::time::Duration;
 
 /// What `--help` prints.
 pub const HELP: &str = "\
-Umbra runs one guest, which the boot loader passes as a module.
+Umbra runs guests, whose files the boot loader passes as modules or in one tar archive.
 
-  --guest NAME       name of the guest in the report, and of the embedded guest to run if there is
-                     no module (default: hello)
-  --append TEXT      command line for the guest
-  --memory SIZE      the guest's RAM: bytes, or a number with K, M or G (default: 64M)
-  --mmu-pages N      limit on shadow pages (default: 1/50 of the guest's pages, at least 64)
-  --device NAME      a device that the guest has besides the usual ones: testdev, which kernels that
-                     test themselves know as QEMU's pc-testdev (default: none)
-  --timeout SECONDS  stop the guest after so many seconds (default: 0, never)
+  --guest NAME       name of a guest, in the report and on the console; may be given several times:
+                     options after it are this guest's, options before the first are every guest's
+                     (default: one guest, hello)
+  --image FILE       the boot module that is its kernel (default: the one that has the guest's name;
+                     for a single guest, the first; without modules, the guest that Umbra carries)
+  --initrd FILE      the boot module that is its initial RAM disk or first module
+  --append TEXT      its command line
+  --memory SIZE      its RAM: bytes, or a number with K, M or G (default: 64M)
+  --mmu-pages N      limit on its shadow pages (default: 1/50 of its pages, at least 64)
+  --device NAME      a device that it has besides the usual ones: testdev, which kernels that test
+                     themselves know as QEMU's pc-testdev (default: none)
+  --timeout SECONDS  stop it after so many seconds (default: 0, never)
   --help             print this text
+
+A boot module named umbra.toml holds the same options as keys, and guests as [[guest]] tables; it is
+read if the command line names no guest.
 ";
 
 /// The guest's RAM if `--memory` is not given, in bytes.
@@ -40,33 +50,53 @@ const PAGE_SIZE: u64 = 4096;
 /// What the arguments ask for.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Request {
-    /// Run a guest.
+    /// Run guests.
     Run(Options),
     /// Print [`HELP`] and succeed.
     Help,
 }
 
-/// The options of one run.
+/// The options of one run: at least one guest, each with a name of its own.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Options {
-    /// The guest's name, if one was given.
-    pub guest: Option<String>,
-    /// The guest's command line.
+    /// The guests, in the order in which they were named.
+    pub guests: Vec<GuestOptions>,
+}
+
+impl Options {
+    /// The memory of all guests together, in bytes.
+    pub fn memory(&self) -> u64 {
+        self.guests.iter().map(|guest| guest.memory).sum()
+    }
+}
+
+/// The options of one guest.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct GuestOptions {
+    /// Its name, if one was given.
+    pub name: Option<String>,
+    /// The boot module that is its kernel image, if one was given.
+    pub image: Option<String>,
+    /// The boot module that is its initial RAM disk, if one was given.
+    pub initrd: Option<String>,
+    /// Its command line.
     pub append: String,
-    /// The guest's RAM in bytes: a multiple of 4096.
+    /// Its RAM in bytes: a multiple of 4096.
     pub memory: u64,
-    /// The limit on shadow pages, if one was given.
+    /// The limit on its shadow pages, if one was given.
     pub mmu_pages: Option<u64>,
-    /// The device that the guest has besides the usual ones, if it has one.
+    /// The device that it has besides the usual ones, if it has one.
     pub device: Option<Device>,
-    /// The guest's time limit, if it has one.
+    /// Its time limit, if it has one.
     pub timeout: Option<Duration>,
 }
 
-impl Default for Options {
+impl Default for GuestOptions {
     fn default() -> Self {
         Self {
-            guest: None,
+            name: None,
+            image: None,
+            initrd: None,
             append: String::new(),
             memory: DEFAULT_MEMORY,
             mmu_pages: None,
@@ -85,8 +115,10 @@ pub enum Device {
 
 /// One option.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Name {
+pub(crate) enum Name {
     Guest,
+    Image,
+    Initrd,
     Append,
     Memory,
     MmuPages,
@@ -96,8 +128,10 @@ enum Name {
 }
 
 impl Name {
-    const ALL: [Self; 7] = [
+    pub(crate) const ALL: [Self; 9] = [
         Self::Guest,
+        Self::Image,
+        Self::Initrd,
         Self::Append,
         Self::Memory,
         Self::MmuPages,
@@ -106,9 +140,11 @@ impl Name {
         Self::Help,
     ];
 
-    const fn text(self) -> &'static str {
+    pub(crate) const fn text(self) -> &'static str {
         match self {
             Self::Guest => "--guest",
+            Self::Image => "--image",
+            Self::Initrd => "--initrd",
             Self::Append => "--append",
             Self::Memory => "--memory",
             Self::MmuPages => "--mmu-pages",
@@ -122,6 +158,8 @@ impl Name {
     const fn value(self) -> &'static str {
         match self {
             Self::Guest => "a name, as in --guest hello",
+            Self::Image => "a boot module's name, as in --image vmlinuz",
+            Self::Initrd => "a boot module's name, as in --initrd initrd.img",
             Self::Append => "a text, as in --append \"quiet\"",
             Self::Memory => "a size, as in --memory 256M",
             Self::MmuPages => "a number, as in --mmu-pages 1024",
@@ -138,7 +176,9 @@ impl Name {
 /// The first mistake, as [`OptionsError`].
 pub fn parse<'a>(arguments: impl IntoIterator<Item = &'a str>) -> Result<Request, OptionsError> {
     let mut arguments = arguments.into_iter();
-    let mut options = Options::default();
+    // What is said before the first guest holds for all of them.
+    let mut defaults = GuestOptions::default();
+    let mut guests: Vec<GuestOptions> = Vec::new();
     let mut seen = [false; Name::ALL.len()];
     let mut help = false;
     while let Some(argument) = arguments.next() {
@@ -147,8 +187,10 @@ pub fn parse<'a>(arguments: impl IntoIterator<Item = &'a str>) -> Result<Request
             _ => (argument, None),
         };
         let name = find(text)?;
-        let seen = &mut seen[name as usize];
-        if core::mem::replace(seen, true) {
+        if name == Name::Guest {
+            seen = [false; Name::ALL.len()];
+        }
+        if core::mem::replace(&mut seen[name as usize], true) {
             return Err(OptionsError::Duplicate {
                 option: name.text(),
             });
@@ -174,12 +216,26 @@ pub fn parse<'a>(arguments: impl IntoIterator<Item = &'a str>) -> Result<Request
                 }
             },
         };
-        set(&mut options, name, value)?;
+        if name == Name::Guest {
+            if guests
+                .iter()
+                .any(|guest| guest.name.as_deref() == Some(value))
+            {
+                return Err(OptionsError::SameName {
+                    guest: value.to_string(),
+                });
+            }
+            guests.push(defaults.clone());
+        }
+        set(guests.last_mut().unwrap_or(&mut defaults), name, value)?;
+    }
+    if guests.is_empty() {
+        guests.push(defaults);
     }
     Ok(if help {
         Request::Help
     } else {
-        Request::Run(options)
+        Request::Run(Options { guests })
     })
 }
 
@@ -206,10 +262,14 @@ fn find(text: &str) -> Result<Name, OptionsError> {
     Err(OptionsError::Unknown { option, nearest })
 }
 
-fn set(options: &mut Options, name: Name, value: &str) -> Result<(), OptionsError> {
+fn set(options: &mut GuestOptions, name: Name, value: &str) -> Result<(), OptionsError> {
     match name {
-        Name::Guest if value.is_empty() => return Err(bad_value(name, value, "it is empty")),
-        Name::Guest => options.guest = Some(value.to_string()),
+        Name::Guest | Name::Image | Name::Initrd if value.is_empty() => {
+            return Err(bad_value(name, value, "it is empty"));
+        }
+        Name::Guest => options.name = Some(value.to_string()),
+        Name::Image => options.image = Some(value.to_string()),
+        Name::Initrd => options.initrd = Some(value.to_string()),
         Name::Append => options.append = value.to_string(),
         Name::Memory => options.memory = memory(value)?,
         Name::MmuPages => {
@@ -298,8 +358,8 @@ fn bad_value(name: Name, value: &str, reason: &'static str) -> OptionsError {
 }
 
 /// Levenshtein's distance: the least number of inserted, removed or replaced characters.
-fn edit_distance(left: &str, right: &str) -> usize {
-    let mut row: alloc::vec::Vec<usize> = (0..=right.chars().count()).collect();
+pub(crate) fn edit_distance(left: &str, right: &str) -> usize {
+    let mut row: Vec<usize> = (0..=right.chars().count()).collect();
     for (i, l) in left.chars().enumerate() {
         let mut diagonal = row[0];
         row[0] = i + 1;
@@ -339,6 +399,11 @@ pub enum OptionsError {
     Duplicate {
         /// The option.
         option: &'static str,
+    },
+    /// Two guests have the same name.
+    SameName {
+        /// The name.
+        guest: String,
     },
     /// An option's value is not of the right kind.
     BadValue {
@@ -425,6 +490,12 @@ impl fmt::Display for OptionsError {
             Self::Duplicate { option } => {
                 write!(formatter, "option {option} is given twice: give it once")
             }
+            Self::SameName { guest } => {
+                write!(
+                    formatter,
+                    "two guests are named {guest:?}: give each a name of its own"
+                )
+            }
             Self::BadValue {
                 option,
                 value,
@@ -455,11 +526,17 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn run(arguments: &[&str]) -> Options {
+    fn run_all(arguments: &[&str]) -> Vec<GuestOptions> {
         match parse(arguments.iter().copied()) {
-            Ok(Request::Run(options)) => options,
+            Ok(Request::Run(options)) => options.guests,
             other => panic!("{arguments:?}: {other:?}"),
         }
+    }
+
+    fn run(arguments: &[&str]) -> GuestOptions {
+        let mut guests = run_all(arguments);
+        assert_eq!(guests.len(), 1);
+        guests.remove(0)
     }
 
     fn error(arguments: &[&str]) -> String {
@@ -469,7 +546,7 @@ mod tests {
     #[test]
     fn no_arguments_are_the_defaults() {
         let options = run(&[]);
-        assert_eq!(options, Options::default());
+        assert_eq!(options, GuestOptions::default());
         assert_eq!(options.memory, 64 << 20);
     }
 
@@ -493,7 +570,7 @@ mod tests {
             "--mmu-pages=64",
         ];
         assert_eq!(options, run(&joined));
-        assert_eq!(options.guest.as_deref(), Some("a"));
+        assert_eq!(options.name.as_deref(), Some("a"));
         assert_eq!(options.append, "x=1 y");
         assert_eq!(options.memory, 1 << 30);
         assert_eq!(options.mmu_pages, Some(64));
@@ -505,6 +582,30 @@ mod tests {
         assert_eq!(run(&["--append", ""]).append, "");
         assert_eq!(run(&["--append", "-v"]).append, "-v");
         assert_eq!(run(&["--append=--help"]).append, "--help");
+    }
+
+    #[test]
+    fn options_before_the_first_guest_are_for_all() {
+        let guests = run_all(&[
+            "--memory=8M",
+            "--image=k",
+            "--guest=a",
+            "--guest=b",
+            "--memory=16M",
+            "--append=x",
+        ]);
+        let name = |guest: &GuestOptions| guest.name.clone().unwrap();
+        assert_eq!(guests.iter().map(name).collect::<Vec<_>>(), ["a", "b"]);
+        assert_eq!([guests[0].memory, guests[1].memory], [8 << 20, 16 << 20]);
+        assert_eq!([&*guests[0].append, &*guests[1].append], ["", "x"]);
+        assert!(
+            guests
+                .iter()
+                .all(|guest| guest.image.as_deref() == Some("k"))
+        );
+        let options = Options { guests };
+        assert_eq!(options.memory(), 24 << 20);
+        assert!(error(&["--guest=a", "--memory=2M", "--memory=3M"]).contains("given twice"));
     }
 
     #[test]
@@ -594,7 +695,13 @@ mod tests {
     fn values_must_be_there_once() {
         assert!(error(&["--memory"]).starts_with("option --memory lacks its value"));
         assert!(error(&["--append", "--memory", "64M"]).starts_with("option --append lacks"));
-        assert!(error(&["--guest", "a", "--guest=a"]).starts_with("option --guest is given twice"));
+        assert!(
+            error(&["--memory=2M", "--memory=3M"]).starts_with("option --memory is given twice")
+        );
+        assert_eq!(
+            error(&["--guest", "a", "--guest=b", "--guest=a"]),
+            "two guests are named \"a\": give each a name of its own"
+        );
         assert!(error(&["--help", "--help"]).starts_with("option --help is given twice"));
     }
 
@@ -618,7 +725,7 @@ mod tests {
             arguments in prop::collection::vec(
                 prop_oneof![
                     "(?s).*",
-                    "--(guest|append|memory|mmu-pages|device|timeout|help)(=(?s).*)?",
+                    "--(guest|image|initrd|append|memory|mmu-pages|device|timeout|help)(=(?s).*)?",
                     "[0-9]{1,22}[KMG]?",
                 ],
                 0..6,
@@ -626,8 +733,11 @@ mod tests {
         ) {
             match parse(arguments.iter().map(String::as_str)) {
                 Ok(Request::Run(options)) => {
-                    prop_assert!((MINIMUM_MEMORY..=MAXIMUM_MEMORY).contains(&options.memory));
-                    prop_assert_eq!(options.memory % PAGE_SIZE, 0);
+                    prop_assert!(!options.guests.is_empty());
+                    for guest in options.guests {
+                        prop_assert!((MINIMUM_MEMORY..=MAXIMUM_MEMORY).contains(&guest.memory));
+                        prop_assert_eq!(guest.memory % PAGE_SIZE, 0);
+                    }
                 }
                 Ok(Request::Help) => {}
                 Err(error) => prop_assert!(!error.to_string().contains(['\n', '\r'])),

@@ -1,0 +1,137 @@
+//! A configuration of several guests: an `umbra.toml`, and the files that it names.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use umbra_report::config;
+use umbra_report::options::{self, Options, Request};
+
+use crate::archive::{self, Entry};
+use crate::build::Builder;
+use crate::guest::{self, Source};
+use crate::input::BadInput;
+use crate::project::Project;
+
+/// A configuration file that Umbra will accept.
+pub struct Config {
+    text: String,
+    options: Options,
+    /// What its guests' files are.
+    sources: BTreeMap<String, Source>,
+}
+
+impl Config {
+    /// Reads the file at `path`. Its guests are ours by name, or files beside it.
+    ///
+    /// # Errors
+    /// When the file cannot be read, Umbra would refuse it, or a guest's file is missing.
+    pub fn read(project: &Project, path: &Path) -> Result<Self> {
+        let text =
+            fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let place = path.display();
+        let refuse = |error: String| BadInput(format!("{place}: {error}"));
+        let arguments = config::merge(&text, Vec::new()).map_err(|e| refuse(e.to_string()))?;
+        let request = options::parse(arguments.iter().map(String::as_str))
+            .map_err(|error| refuse(error.to_string()))?;
+        let Request::Run(options) = request else {
+            return Err(refuse("it asks for help".into()).into());
+        };
+        let own = guest::own(project)?;
+        let directory = path.parent().unwrap_or(Path::new(""));
+        let mut sources = BTreeMap::new();
+        for guest in &options.guests {
+            let image = guest.image.as_ref().or(guest.name.as_ref());
+            let Some(image) = image.cloned() else {
+                continue;
+            };
+            let source = match file(directory, &image) {
+                Some(file) => Source::File(file),
+                None => Source::find(&own, &image).with_context(|| place.to_string())?,
+            };
+            sources.insert(image, source);
+            if let Some(initrd) = &guest.initrd {
+                let file = file(directory, initrd)
+                    .ok_or_else(|| refuse(format!("there is no file {initrd}")))?;
+                sources.insert(initrd.clone(), Source::File(file));
+            }
+        }
+        Ok(Self {
+            text,
+            options,
+            sources,
+        })
+    }
+
+    /// How many guests there are.
+    pub fn guests(&self) -> usize {
+        self.options.guests.len()
+    }
+
+    /// All guests' memory in bytes.
+    pub fn memory(&self) -> u64 {
+        self.options.memory()
+    }
+
+    /// The archive that Umbra reads as its boot module.
+    ///
+    /// # Errors
+    /// When a guest cannot be built or a file cannot be read.
+    pub fn archive(&self, builder: &Builder<'_>) -> Result<Vec<u8>> {
+        let mut files = Vec::new();
+        for (name, source) in &self.sources {
+            let image = builder.guest_files(source)?.image;
+            let data =
+                fs::read(&image).with_context(|| format!("cannot read {}", image.display()))?;
+            files.push((guest::display_name(name), data));
+        }
+        let mut entries = vec![Entry {
+            name: "umbra.toml",
+            data: self.text.as_bytes(),
+        }];
+        entries.extend(files.iter().map(|(name, data)| Entry { name, data }));
+        archive::ustar(&entries)
+    }
+}
+
+fn file(directory: &Path, name: &str) -> Option<PathBuf> {
+    let file = directory.join(name);
+    file.is_file().then_some(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(text: &str) -> Result<Config> {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("several.toml");
+        fs::write(directory.path().join("kernel"), "x").unwrap();
+        fs::write(&path, text).unwrap();
+        Config::read(&Project::find(), &path)
+    }
+
+    #[test]
+    fn guests_are_ours_or_files() {
+        let text = "memory = \"8M\"\n[[guest]]\nname = \"hello\"\n\
+            [[guest]]\nname = \"b\"\nimage = \"kernel\"\n[[guest]]\nname = \"c\"\nimage = \"hello\"\n";
+        let config = read(text).unwrap();
+        assert_eq!((config.guests(), config.memory()), (3, 24 << 20));
+        let names: Vec<_> = config.sources.keys().map(String::as_str).collect();
+        assert_eq!(names, ["hello", "kernel"]);
+    }
+
+    #[test]
+    fn mistakes_name_the_file() {
+        let error = |text: &str| format!("{:#}", read(text).err().unwrap());
+        let unknown = error("[[guest]]\nname = \"helo\"\n");
+        assert!(
+            unknown.contains("several.toml") && unknown.contains("hello"),
+            "{unknown}"
+        );
+        let missing = error("[[guest]]\nname = \"hello\"\ninitrd = \"none\"\n");
+        assert!(missing.contains("there is no file none"), "{missing}");
+        assert!(error("memory = \"1\"\n").contains("several.toml"));
+    }
+}
