@@ -33,6 +33,11 @@ impl Budget {
         self.limit().saturating_sub(self.used())
     }
 
+    /// Pages too many for `more` to fit.
+    pub fn excess_with(&self, more: usize) -> usize {
+        (self.used() + more).saturating_sub(self.limit())
+    }
+
     /// Counts `pages` pages ahead, unless that would pass the limit.
     pub fn reserve(&self, pages: usize) -> bool {
         let limit = self.limit();

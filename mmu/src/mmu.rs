@@ -315,8 +315,12 @@ impl<H: Host> Mmu<H> {
         };
         let members = self.members.as_ref().and_then(Weak::upgrade);
         let own_limit_holds = report.used + report.needed <= self.limit();
+        let excess = self.budget.excess_with(report.needed);
         match members {
-            Some(members) if own_limit_holds && members.relieve(self, report.needed) > 0 => {
+            // The total limit may have been lowered far below what all of them hold.
+            Some(members)
+                if own_limit_holds && (excess == 0 || members.relieve(self, excess) > 0) =>
+            {
                 self.run(self.topped_up(needs)?, &work)
             }
             _ => result,

@@ -48,8 +48,7 @@ impl<H: Host> Core<'_, H> {
     /// Pages too many for `more` to fit, where the limit may have been lowered below what is held.
     fn excess_with(&self, more: usize) -> usize {
         let own = (self.state.used + self.state.reserved + more).saturating_sub(self.state.limit);
-        let total = (self.budget.used() + more).saturating_sub(self.budget.limit());
-        own.max(total)
+        own.max(self.budget.excess_with(more))
     }
 
     /// Reserves `needed` pages, zapping others if it must.

@@ -4,7 +4,7 @@
 use umbra_mmu::AccessKind;
 use x86_64::structures::idt::PageFaultErrorCode as Code;
 
-use super::Try;
+use crate::common::Try;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Mode {

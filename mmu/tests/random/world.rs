@@ -1,0 +1,101 @@
+//! All VMs of a scenario, and what concerns more than one of them.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use umbra_mmu::MmuPool;
+
+use super::host::total_limit;
+use super::scenario::{Op, Scenario};
+use super::vm::{LOW_PAGES, RAM_PAGES, Vm};
+use crate::common::SimHost;
+
+/// Pages that a VM's processors can stand on: two have four roots each under PAE paging.
+const MOST_PINNED: usize = 8;
+
+static STEPS: AtomicU64 = AtomicU64::new(0);
+
+/// Steps of all scenarios so far.
+pub fn steps_taken() -> u64 {
+    STEPS.load(Ordering::Relaxed)
+}
+
+struct World {
+    pool: MmuPool<SimHost>,
+    vms: Vec<Vm>,
+}
+
+impl World {
+    fn step(&mut self, number: usize, op: Op) {
+        STEPS.fetch_add(1, Ordering::Relaxed);
+        let refused = self.vms[number].refused.get();
+        match op {
+            Op::Pressure(amount) if amount & 1 != 0 => self.scan(usize::from(amount / 8)),
+            _ => self.vms[number].step(&self.pool, op),
+        }
+        for (other, vm) in self.vms.iter().enumerate() {
+            if let Err(problem) = vm.mmu.audit() {
+                panic!("VM {other} after {op:?} of {number}: {problem}");
+            }
+        }
+        if self.vms[number].refused.get() != refused {
+            self.others_gave_all(number);
+        }
+        let used: usize = self.vms.iter().map(|vm| vm.mmu.used()).sum();
+        assert_eq!(self.pool.count(), used);
+        self.vms[number].compare(LOW_PAGES);
+    }
+
+    /// Where the common limit refused a VM a page, the others hold nothing but what they stand on.
+    fn others_gave_all(&self, number: usize) {
+        for (other, vm) in self.vms.iter().enumerate() {
+            let held = vm.mmu.used();
+            assert!(
+                other == number || held <= MOST_PINNED,
+                "VM {number} was refused a page while VM {other} held {held}"
+            );
+        }
+    }
+
+    /// The host is short of memory: what the pool says that it gave back has come free.
+    fn scan(&self, wanted: usize) {
+        let frames = || -> usize {
+            let vms = self.vms.iter();
+            vms.map(|vm| vm.host.0.frames_in_use.load(Ordering::Relaxed))
+                .sum()
+        };
+        let before = frames();
+        let shrunk = self.pool.scan(wanted);
+        assert_eq!(before - frames(), shrunk.freed, "the shrinker miscounts");
+        assert_eq!(shrunk.skipped, 0);
+    }
+}
+
+/// Runs all steps of a scenario, and takes all VMs away again.
+pub fn run(scenario: &Scenario) {
+    let pool = MmuPool::new(total_limit(scenario.total));
+    let setups = scenario.vms.iter();
+    let vms = setups
+        .map(|setup| Vm::new(&pool, *setup, scenario))
+        .collect();
+    let mut world = World { pool, vms };
+    for (vm, op) in &scenario.steps {
+        world.step(usize::from(*vm) % world.vms.len(), *op);
+    }
+    let World { pool, vms } = world;
+    for vm in vms {
+        vm.compare(RAM_PAGES);
+        let Vm {
+            mmu,
+            host,
+            processors,
+            ..
+        } = vm;
+        for processor in processors {
+            mmu.destroy_vcpu(processor.cpu.vcpu);
+        }
+        drop(mmu);
+        let frames = host.0.frames_in_use.load(Ordering::Relaxed);
+        assert_eq!(frames, 0, "frames leaked");
+    }
+    assert_eq!(pool.count(), 0);
+}
