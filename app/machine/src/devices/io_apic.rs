@@ -36,6 +36,8 @@ const LOGICAL: u64 = 1 << 11;
 const WRITABLE: u64 = 0xff00_0000_0001_afff;
 
 const EXT_INT: u32 = 7;
+/// This delivery mode and the one below, fixed, send a vector.
+const LOWEST_PRIORITY: u32 = 1;
 /// The physical destination that means every processor.
 const BROADCAST: u32 = 0xff;
 
@@ -81,6 +83,13 @@ impl IoApic {
         self.table
             .get(input)
             .is_some_and(|entry| entry & MASKED == 0)
+    }
+
+    /// The vector that input `input` sends to a processor's local APIC, if it sends one.
+    pub fn vector(&self, input: usize) -> Option<u8> {
+        let entry = *self.table.get(input)?;
+        let delivery = (entry >> 8 & 7) as u32;
+        (entry & MASKED == 0 && delivery <= LOWEST_PRIORITY).then_some(entry as u8)
     }
 
     /// Whether input 0 passes the i8259 pair's interrupts on.

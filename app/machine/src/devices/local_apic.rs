@@ -279,6 +279,11 @@ impl LocalApic {
         Some(vector)
     }
 
+    /// Whether `vector` waits for the processor.
+    pub fn is_requested(&self, vector: u8) -> bool {
+        self.requests.contains(vector)
+    }
+
     /// Whether an NMI came since the last call.
     pub fn take_nmi(&mut self) -> bool {
         core::mem::take(&mut self.nmi)

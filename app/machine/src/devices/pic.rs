@@ -278,6 +278,15 @@ impl Pic {
         self.master.pending().is_some()
     }
 
+    /// Whether `irq` has a request that the processor has not taken.
+    pub const fn is_requested(&self, irq: u8) -> bool {
+        match irq {
+            0..8 => self.master.requests & (1 << irq) != 0,
+            8..16 => self.slave.requests & (1 << (irq - 8)) != 0,
+            _ => false,
+        }
+    }
+
     /// Whether requests of `irq` can reach the processor.
     pub const fn is_unmasked(&self, irq: u8) -> bool {
         match irq {

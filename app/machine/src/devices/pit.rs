@@ -20,6 +20,8 @@ pub const IRQ: u8 = 0;
 /// Ticks per second.
 pub const FREQUENCY: u64 = 1_193_182;
 
+/// More rises than this are not remembered.
+const MOST_RISES: u64 = 1000;
 /// Nanoseconds between two toggles of the DRAM refresh bit.
 const REFRESH_INTERVAL: u64 = 15_085;
 
@@ -186,6 +188,17 @@ impl Channel {
                 let periods = tick.saturating_sub(start) / self.count + 1;
                 Some(start.saturating_add(periods.saturating_mul(self.count)))
             }
+        }
+    }
+
+    /// How often the output rises after `from` and not after `to`.
+    fn rises_between(&self, from: u64, to: u64) -> u64 {
+        match (self.next_rise(from), self.counting) {
+            (Some(first), _) if first > to => 0,
+            (Some(first), Counting::Since(_)) if self.mode.is_periodic() => {
+                (to - first) / self.count + 1
+            }
+            (next, _) => u64::from(next.is_some()),
         }
     }
 
@@ -384,7 +397,8 @@ pub struct Pit {
     channels: [Channel; 3],
     system_control: u8,
     now: GuestTime,
-    rose: bool,
+    /// Rises of channel 0's output that nobody has taken.
+    rises: u64,
 }
 
 impl Default for Pit {
@@ -397,7 +411,7 @@ impl Default for Pit {
             ],
             system_control: 0,
             now: GuestTime::START,
-            rose: false,
+            rises: 0,
         }
     }
 }
@@ -410,18 +424,26 @@ impl Pit {
         let after = self.tick();
         let channel = &mut self.channels[0];
         // At most one new count waits, so two steps see every rise.
-        let first = channel.next_rise(before);
+        let first = channel.next_rise(before).filter(|&rise| rise <= after);
         channel.settle(after);
-        let rise = first.or_else(|| channel.next_rise(before));
-        self.rose |= rise.is_some_and(|rise| rise <= after);
+        let rises =
+            u64::from(first.is_some()) + channel.rises_between(first.unwrap_or(before), after);
+        self.rises = self.rises.saturating_add(rises).min(MOST_RISES);
         self.channels[1].settle(after);
         self.channels[2].settle(after);
     }
 
-    /// Whether channel 0's output rose since the last call: an edge of its interrupt line, which may
-    /// have fallen again.
-    pub fn take_rise(&mut self) -> bool {
-        core::mem::take(&mut self.rose)
+    /// Takes one of the rises of channel 0's output, if there were any: an edge of its interrupt line,
+    /// which may have fallen again.
+    pub const fn take_rise(&mut self) -> bool {
+        let rose = self.rises != 0;
+        self.rises = self.rises.saturating_sub(1);
+        rose
+    }
+
+    /// Forgets the rises that nobody has taken.
+    pub const fn forget_rises(&mut self) {
+        self.rises = 0;
     }
 
     /// Channel 0's output: the interrupt line.
@@ -454,7 +476,11 @@ impl Pit {
             Some(channel) => channel.write(tick, value),
             None => self.write_control(tick, value),
         }
-        self.rose |= !before.is_high() && self.output().is_high();
+        if port == PORT || port == CONTROL_PORT && value & 0xf0 <= 0x30 && value & 0x30 != 0 {
+            // What the old count owes is not the new one's.
+            self.rises = 0;
+        }
+        self.rises += u64::from(!before.is_high() && self.output().is_high());
     }
 
     /// Reads port 0x61.
@@ -561,8 +587,17 @@ mod tests {
         );
         assert!(pit.take_rise());
         assert_eq!(pit.next_deadline(), Some(at_tick(200)));
-        pit.advance(at_tick(100_000));
-        assert!(pit.take_rise(), "lost periods are one edge");
+        pit.advance(at_tick(350));
+        assert!(pit.take_rise() && pit.take_rise());
+        assert!(!pit.take_rise(), "one for each period");
+        pit.advance(at_tick(1 << 40));
+        for _ in 0..MOST_RISES {
+            assert!(pit.take_rise());
+        }
+        assert!(!pit.take_rise(), "but not for ever");
+        pit.advance(at_tick((1 << 40) + 1000));
+        pit.write(CONTROL_PORT, 0x30);
+        assert!(!pit.take_rise(), "a new mode owes nothing");
     }
 
     #[test]

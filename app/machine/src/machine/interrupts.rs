@@ -77,10 +77,7 @@ impl Machine {
 
     /// Carries the devices' outputs to the interrupt controllers.
     pub(super) fn update_lines(&mut self) {
-        if self.pit.take_rise() {
-            self.set_line(pit::IRQ, Level::Low);
-            self.set_line(pit::IRQ, Level::High);
-        }
+        self.deliver_tick();
         for (irq, level) in [
             (pit::IRQ, self.pit.output()),
             (serial::IRQ, self.serial.interrupt()),
@@ -119,6 +116,28 @@ impl Machine {
                 }
             }
         }
+    }
+
+    /// Passes a rise of the interval timer's output on. Guests count time by these ticks, and a host
+    /// that pauses lets several come due at once, so each waits until the last was taken.
+    fn deliver_tick(&mut self) {
+        if self.is_tick_waiting() || !self.pit.take_rise() {
+            return;
+        }
+        if !self.is_unmasked(pit::IRQ) {
+            self.pit.forget_rises();
+        }
+        self.set_line(pit::IRQ, Level::Low);
+        self.set_line(pit::IRQ, Level::High);
+    }
+
+    /// Whether the processor has not yet taken the interval timer's last interrupt.
+    fn is_tick_waiting(&self) -> bool {
+        let at_pic = self.pic.is_unmasked(pit::IRQ)
+            && self.is_pic_wired()
+            && self.pic.is_requested(pit::IRQ);
+        let vector = self.io_apic.vector(io_apic_input(pit::IRQ));
+        at_pic || vector.is_some_and(|vector| self.local_apic.is_requested(vector))
     }
 
     pub(super) fn send(&mut self, message: Option<local_apic::Message>) {

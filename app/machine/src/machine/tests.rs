@@ -299,6 +299,33 @@ fn every_timer_is_due_when_it_says() {
 }
 
 #[test]
+fn ticks_that_come_due_together_come_one_after_the_other() {
+    for through_pic in [true, false] {
+        let mut machine = machine();
+        initialize_pic(&mut machine);
+        write_apic(&mut machine, 0xf0, 0x1ff);
+        if through_pic {
+            write_apic(&mut machine, 0x350, 0x700);
+        } else {
+            write_apic(&mut machine, 0x350, 0x1_0000);
+            write_io_apic(&mut machine, 0x10 + 4, 0x30);
+        }
+        // 250 Hz.
+        for (port, value) in [(0x43, 0x34), (0x40, 0xa5), (0x40, 0x12)] {
+            out(&mut machine, port, value);
+        }
+        machine.advance(GuestTime::from_nanoseconds(41_000_000));
+        let mut ticks = 0;
+        while machine.acknowledge_interrupt().is_some() {
+            ticks += 1;
+            out(&mut machine, 0x20, 0x20);
+            write_apic(&mut machine, 0xb0, 0);
+        }
+        assert_eq!(ticks, 10, "{through_pic}");
+    }
+}
+
+#[test]
 fn power_management_through_the_bus() {
     let mut machine = machine();
     machine.advance(GuestTime::from_seconds(1));

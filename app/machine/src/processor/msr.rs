@@ -54,6 +54,8 @@ const MISC_ENABLE_RESET: u64 = 1 << 12 | 1 << 11 | MISC_ENABLE_FAST_STRINGS;
 const MISC_ENABLE_FAST_STRINGS: u64 = 1 << 0;
 /// A machine check is in progress, and what it allows.
 const MCG_STATUS_WRITABLE: u64 = 0b111;
+/// Register numbers above 255 in PCI configuration addresses; kernels switch it on unasked.
+const AMD_NB_CFG_EXTENDED_CF8: u64 = 1 << 46;
 /// DRAM attributes of the ranges below 1 MiB and above 4 GiB.
 const AMD_SYSCFG_WRITABLE: u64 = 0x7c_0000;
 /// The time-stamp counter runs at the nominal frequency.
@@ -194,6 +196,7 @@ pub struct Msrs {
     mcg_status: u64,
     misc_enable: u64,
     amd_syscfg: u64,
+    amd_nb_cfg: u64,
     amd_hwcr: u64,
     mtrrs: Mtrrs,
 }
@@ -211,6 +214,7 @@ impl Msrs {
             mcg_status: 0,
             misc_enable: MISC_ENABLE_RESET,
             amd_syscfg: 0,
+            amd_nb_cfg: 0,
             amd_hwcr: AMD_HWCR_TSC_FREQUENCY_SELECT,
             mtrrs: Mtrrs::default(),
         }
@@ -251,7 +255,8 @@ impl Msrs {
             index::EFER => context.control.efer,
             index::AMD_SYSCFG if !intel => self.amd_syscfg,
             index::AMD_HWCR if !intel => self.amd_hwcr,
-            index::AMD_NB_CFG | index::AMD_INT_PENDING | index::AMD_MMIO_CONF_BASE if !intel => 0,
+            index::AMD_NB_CFG if !intel => self.amd_nb_cfg,
+            index::AMD_INT_PENDING | index::AMD_MMIO_CONF_BASE if !intel => 0,
             index::AMD_DE_CFG if !intel => AMD_DE_CFG_LFENCE_SERIALIZES,
             _ if self.in_hardware(number) => {
                 (context.hardware)(number).ok_or(MsrAccess::Unknown)?
@@ -329,7 +334,11 @@ impl Msrs {
                 allow_only(value, kept | AMD_HWCR_IGNORED)?;
                 self.amd_hwcr = value & kept;
             }
-            index::AMD_NB_CFG | index::AMD_INT_PENDING | index::AMD_MMIO_CONF_BASE if !intel => {
+            index::AMD_NB_CFG if !intel => {
+                allow_only(value, AMD_NB_CFG_EXTENDED_CF8)?;
+                self.amd_nb_cfg = value;
+            }
+            index::AMD_INT_PENDING | index::AMD_MMIO_CONF_BASE if !intel => {
                 allow_only(value, 0)?;
             }
             index::AMD_DE_CFG if !intel => {
