@@ -21,6 +21,8 @@ use crate::toolchain::Toolchain;
 const BARE_METAL: &str = "x86_64-unknown-none";
 /// The guest that the image carries, which runs when no other is given.
 const DEFAULT_GUEST: &str = "hello";
+/// The Hermit application that runs as a guest.
+const HERMIT_GUEST: &str = "hermit-guest";
 /// Where the ELF header names the operating system, and Hermit's number for itself.
 const ELF_OS_ABI: usize = 7;
 const ELF_OS_ABI_STANDALONE: u8 = 0xff;
@@ -75,7 +77,7 @@ impl<'a> Builder<'a> {
     pub fn new(project: &'a Project) -> Result<Self> {
         setup::install(&setup::for_building())?;
         let toolchain = Toolchain::set_up(project)?;
-        kernel::set_up(project, &toolchain)?;
+        kernel::set_up(project, &toolchain, kernel::OF_IMAGE)?;
         let guests = guest::own(project)?;
         let builder = Self {
             project,
@@ -97,6 +99,7 @@ impl<'a> Builder<'a> {
                 let linux = linux::set_up(self.project)?;
                 (linux.kernel, Some(linux.initrd))
             }
+            Source::Hermit => (self.hermit_guest()?, None),
             Source::File(path) => (path.clone(), None),
         };
         Ok(GuestFiles { image, initrd })
@@ -127,12 +130,25 @@ impl<'a> Builder<'a> {
         command.args(["--bin", binary]);
         command.env("UMBRA_DEFAULT_GUEST", self.default_guest()?);
         Step::new(&format!("building {binary}")).run(&mut command)?;
+        self.as_hermit_elf(binary)
+    }
+
+    /// Builds the Hermit application that runs as a guest, and returns its path.
+    fn hermit_guest(&self) -> Result<PathBuf> {
+        kernel::set_up(self.project, &self.toolchain, kernel::OF_GUEST)?;
+        let mut command = self.cargo("images/hermit-guest");
+        // The kernel's information about the machine would drown what the guest prints.
+        command.env("HERMIT_LOG_LEVEL_FILTER", "warn");
+        Step::new("building the Hermit guest").run(&mut command)?;
+        self.as_hermit_elf(HERMIT_GUEST)
+    }
+
+    /// Marks a binary as one for Hermit, which its linker does not know.
+    fn as_hermit_elf(&self, binary: &str) -> Result<PathBuf> {
         let mut elf = read(&self.binary(BARE_METAL, binary))?;
         elf[ELF_OS_ABI] = ELF_OS_ABI_STANDALONE;
-        let image = self
-            .project
-            .target("images")?
-            .join(format!("{binary}.hermit.elf"));
+        let images = self.project.target("images")?;
+        let image = images.join(format!("{binary}.hermit.elf"));
         write_if_changed(&image, &elf)?;
         Ok(image)
     }

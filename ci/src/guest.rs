@@ -65,12 +65,16 @@ pub enum Source {
     Own(Guest),
     /// Debian's Linux with our initial RAM disk.
     Linux,
+    /// A Hermit application.
+    Hermit,
     /// It is this file.
     File(PathBuf),
 }
 
 /// The name of [`Source::Linux`].
 const LINUX: &str = "linux";
+/// The name of [`Source::Hermit`].
+const HERMIT: &str = "hermit";
 
 impl Source {
     /// Finds a guest by what the user calls it.
@@ -84,10 +88,16 @@ impl Source {
         if name == LINUX {
             return Ok(Self::Linux);
         }
+        if name == HERMIT {
+            return Ok(Self::Hermit);
+        }
         if Path::new(name).is_file() {
             return Ok(Self::File(PathBuf::from(name)));
         }
-        let names = own.iter().map(|guest| guest.name.as_str()).chain([LINUX]);
+        let names = own
+            .iter()
+            .map(|guest| guest.name.as_str())
+            .chain([LINUX, HERMIT]);
         let hint = keys::suggestion(name, names);
         let reason = "neither a file nor one of Umbra's own guests";
         Err(BadInput(format!("guest {name}: {reason}; {hint}")).into())
@@ -97,7 +107,7 @@ impl Source {
     pub fn command_line(&self, append: Option<&str>) -> Option<String> {
         let own = match self {
             Self::Linux => Some(linux::COMMAND_LINE),
-            Self::Own(_) | Self::File(_) => None,
+            Self::Own(_) | Self::Hermit | Self::File(_) => None,
         };
         match (own, append) {
             (Some(own), Some(append)) => Some(format!("{own} {append}")),
@@ -118,7 +128,7 @@ impl Source {
     pub fn memory(&self) -> Option<&'static str> {
         match self {
             Self::Linux => Some(linux::MEMORY),
-            Self::Own(_) | Self::File(_) => None,
+            Self::Own(_) | Self::Hermit | Self::File(_) => None,
         }
     }
 }

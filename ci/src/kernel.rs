@@ -1,7 +1,9 @@
-//! The Hermit kernel: the registry's source with `images/hermit-kernel.patch` applied, in
-//! `target/hermit-kernel`, where the image's manifest expects it.
+//! The Hermit kernel: the registry's source with a patch applied, where a manifest expects it.
 //!
-//! It is made again only when the patch or the version changes, and then only files that differ are
+//! There are two: the kernel of our own image with all that Umbra needs, and the kernel of the Hermit
+//! guest, which is as its authors made it.
+//!
+//! Each is made again only when the patch or the version changes, and then only files that differ are
 //! written, so that cargo rebuilds no more than it must.
 
 use std::fs;
@@ -15,7 +17,31 @@ use crate::project::{Project, write_if_changed};
 use crate::toolchain::Toolchain;
 
 const VERSION: &str = "0.11.0";
-const PATCH: &str = "images/hermit-kernel.patch";
+
+/// A kernel with a patch.
+#[derive(Clone, Copy, Debug)]
+pub struct Kernel {
+    /// The patch, relative to the source tree.
+    patch: &'static str,
+    /// Where the kernel goes, below `target`.
+    place: &'static str,
+    /// A directory below `target` for making it.
+    work: &'static str,
+}
+
+/// The kernel of our own image.
+pub const OF_IMAGE: Kernel = Kernel {
+    patch: "images/hermit-kernel.patch",
+    place: "hermit-kernel",
+    work: "kernel",
+};
+
+/// The kernel of the Hermit guest.
+pub const OF_GUEST: Kernel = Kernel {
+    patch: "images/hermit-guest/kernel.patch",
+    place: "hermit-guest-kernel",
+    work: "guest-kernel",
+};
 
 /// A package that depends on nothing but the kernel, to make cargo download it.
 const MANIFEST: &str = r#"[package]
@@ -32,18 +58,18 @@ hermit-kernel = { version = "=VERSION", default-features = false }
 [workspace]
 "#;
 
-/// Puts the patched kernel in its place.
+/// Puts a patched kernel in its place.
 ///
 /// # Errors
 /// When it cannot be downloaded or the patch does not apply.
-pub fn set_up(project: &Project, toolchain: &Toolchain) -> Result<()> {
-    let patch = project.root().join(PATCH);
+pub fn set_up(project: &Project, toolchain: &Toolchain, kernel: Kernel) -> Result<()> {
+    let patch = project.root().join(kernel.patch);
     let patch_text =
         fs::read(&patch).with_context(|| format!("cannot read {}", patch.display()))?;
-    let work = project.target("kernel")?;
+    let work = project.target(kernel.work)?;
     let stamp_path = work.join("stamp");
     let stamp = [format!("{VERSION}\n").as_bytes(), &patch_text].concat();
-    let place = project.root().join("target/hermit-kernel");
+    let place = project.root().join("target").join(kernel.place);
     if place.join("Cargo.toml").exists() && fs::read(&stamp_path).is_ok_and(|old| old == stamp) {
         return Ok(());
     }
@@ -68,7 +94,7 @@ pub fn set_up(project: &Project, toolchain: &Toolchain) -> Result<()> {
             ])
             .arg(&patch),
     )
-    .with_context(|| format!("{PATCH} does not fit hermit-kernel {VERSION}"))?;
+    .with_context(|| format!("{} does not fit hermit-kernel {VERSION}", kernel.patch))?;
     synchronize(&fresh, &place)?;
     fs::remove_dir_all(&fresh)?;
     fs::write(&stamp_path, stamp).with_context(|| format!("cannot write {}", stamp_path.display()))

@@ -28,8 +28,8 @@ pub struct Options {
     /// Where to boot
     #[arg(long, value_name = "NAME", default_value = "qemu")]
     on: Platform,
-    /// One of Umbra's own guests by name, `linux` (Debian's kernel with a shell), or a guest image by
-    /// path [default: hello]
+    /// One of Umbra's own guests by name, `linux` (Debian's kernel with a shell), `hermit` (a
+    /// Hermit application), or a guest image by path [default: hello]
     #[arg(long, value_name = "FILE|NAME")]
     guest: Option<String>,
     /// Several guests, as this umbra.toml describes them; its guests are Umbra's own by name, or files
