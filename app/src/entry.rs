@@ -45,6 +45,29 @@ pub fn enter_state(vcpu: &mut dyn Vcpu, entry: &EntryState) {
             registers.rip = u64::from(eip);
             registers.set(Gpr::Rsi, u64::from(esi));
         }
+        EntryState::Hermit64 {
+            rip,
+            rdi,
+            rsp,
+            cr3,
+            gdt,
+        } => {
+            set_segments(vcpu, Segment::flat_code64(CODE_SELECTOR), DATA_SELECTOR);
+            vcpu.set_gdtr(descriptor_table(gdt));
+            set_control(
+                vcpu,
+                PROTECTED_MODE | Cr0Flags::NUMERIC_ERROR | Cr0Flags::PAGING,
+                u64::from(cr3),
+                Cr4Flags::PHYSICAL_ADDRESS_EXTENSION,
+                EferFlags::LONG_MODE_ENABLE
+                    | EferFlags::LONG_MODE_ACTIVE
+                    | EferFlags::NO_EXECUTE_ENABLE,
+            );
+            let registers = vcpu.registers_mut();
+            registers.rip = rip;
+            registers.set(Gpr::Rdi, rdi);
+            registers.set(Gpr::Rsp, rsp);
+        }
         EntryState::Long64 { rip, rsi, cr3, gdt } => {
             set_segments(vcpu, Segment::flat_code64(CODE_SELECTOR), DATA_SELECTOR);
             vcpu.set_gdtr(descriptor_table(gdt));

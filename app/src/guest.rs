@@ -22,6 +22,7 @@ use umbra_vcpu::{EntryFailure, Flush, TimeSlice, Vcpu};
 
 use crate::memory::GuestHost;
 use crate::paging::Paging;
+use crate::uhyve::Uhyve;
 use crate::{control, mmio, platform, ports, protection_keys, timestamp};
 
 /// The longest time that a guest runs without the loop looking at its clock, in microseconds.
@@ -101,6 +102,8 @@ pub struct Guest {
     pub paging: Paging,
     /// Its devices and the registers that software keeps.
     pub machine: Machine,
+    /// Its hypervisor's services, if it is a Hermit application.
+    pub uhyve: Option<Uhyve>,
     /// What CPUID shows it.
     pub cpuid: CpuidPolicy,
     /// What it has done so far.

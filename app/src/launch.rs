@@ -4,7 +4,7 @@ use alloc::boxed::Box;
 use alloc::format;
 use alloc::vec::Vec;
 
-use umbra_loader::{LoadError, LoadRequest, MemoryMap, Module};
+use umbra_loader::{Clock, Format, LoadError, LoadRequest, MemoryMap, Module};
 use umbra_machine::devices::fw_cfg::{E820Entry, FwCfg};
 use umbra_machine::processor::cpuid::CpuidPolicy;
 use umbra_machine::{Configuration, ConsoleOutput, Machine, TimeBase, acpi};
@@ -20,6 +20,7 @@ use crate::memory::{GuestHost, LoaderRam, RamRange};
 use crate::paging::Paging;
 use crate::physical::HostAddressSpace;
 use crate::schedule::Schedule;
+use crate::uhyve::Uhyve;
 use crate::{archive, control, entry, platform, pressure, timestamp};
 
 /// Runs the guests that `options` ask for to their ends, and returns the image's exit code.
@@ -87,6 +88,10 @@ fn prepare(
         modules: module.as_slice(),
         memory_map: &memory_map,
         acpi_root: Some(acpi::ADDRESS),
+        clock: Clock {
+            tsc_khz: u32::try_from(timestamp::frequency() / 1000).unwrap_or(u32::MAX),
+            unix_nanoseconds: platform::unix_time().saturating_mul(1_000_000_000),
+        },
     };
     let loaded =
         umbra_loader::load(files.image, &request, &mut LoaderRam::new(&host)).map_err(|error| {
@@ -105,11 +110,12 @@ fn prepare(
             )
         })?;
 
+    let console = || Console::new((of > 1).then_some(name));
     let cpuid = CpuidPolicy::new(&control::host_cpuid, &driver.limits());
     let mut machine = Machine::new(Configuration {
         time_base: TimeBase::new(platform::timestamp(), timestamp::frequency()),
         features: *cpuid.features(),
-        console: Box::new(Console::new((of > 1).then_some(name))),
+        console: Box::new(console()),
     });
     machine.set_wall_clock(platform::unix_time());
     match options.device {
@@ -150,6 +156,8 @@ fn prepare(
             )
         })?;
 
+    let uhyve = (loaded.format == Format::Hermit)
+        .then(|| Uhyve::new(name, &options.append, Box::new(console())));
     let mut report = Report::new(name, Outcome::Failed, "");
     report.driver = Some(driver.kind());
     let deadline = options.timeout.map(|timeout| {
@@ -160,6 +168,7 @@ fn prepare(
         vcpu,
         paging,
         machine,
+        uhyve,
         cpuid,
         report,
         exits: ExitCounts::default(),

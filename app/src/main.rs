@@ -34,6 +34,7 @@ mod protection_keys;
 mod schedule;
 #[allow(unsafe_code, reason = "measuring it needs ports")]
 mod timestamp;
+mod uhyve;
 
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;

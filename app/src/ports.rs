@@ -5,11 +5,14 @@ use alloc::format;
 use umbra_vcpu::exit::{IoAccess, IoDirection, IoOperand};
 use umbra_vcpu::registers::Gpr;
 
-use crate::emulation;
 use crate::guest::{End, Guest};
+use crate::{emulation, uhyve};
 
 /// Carries out the instruction that the guest stopped at.
 pub fn access(guest: &mut Guest, access: IoAccess) -> Result<(), End> {
+    if let Some(result) = uhyve::access(guest, access) {
+        return result;
+    }
     let result = match access.operand {
         IoOperand::Accumulator => {
             accumulator(guest, access);

@@ -120,7 +120,7 @@ impl Source {
     pub fn device(&self) -> Option<&str> {
         match self {
             Self::Own(guest) => guest.device.as_deref(),
-            Self::Linux | Self::File(_) => None,
+            Self::Linux | Self::Hermit | Self::File(_) => None,
         }
     }
 

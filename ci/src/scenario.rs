@@ -8,7 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 use umbra_report::{ExitCode, Outcome, Report};
 
@@ -49,7 +49,9 @@ pub struct Scenario {
     /// Several guests instead: an umbra.toml, by its path relative to the scenario's.
     config: Option<PathBuf>,
     /// Only so many bytes of the guest are passed on.
-    pub truncate_guest: Option<usize>,
+    truncate_guest: Option<usize>,
+    /// What is changed in the guest.
+    edit_guest: Option<Edit>,
     /// The guest's first module, by its path relative to the scenario's.
     pub initrd: Option<PathBuf>,
     /// The guest's command line.
@@ -105,6 +107,7 @@ const KEYS: Keys = Keys(&[
     ("guest", LEAF),
     ("config", LEAF),
     ("truncate_guest", LEAF),
+    ("edit_guest", Keys(&[("find", LEAF), ("replace", LEAF)])),
     ("initrd", LEAF),
     ("append", LEAF),
     ("memory", LEAF),
@@ -130,6 +133,36 @@ fn everywhere() -> Vec<Platform> {
 
 fn two_minutes() -> u64 {
     120
+}
+
+/// A change of a guest's bytes, which must be in it once.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Edit {
+    find: String,
+    replace: String,
+}
+
+impl Edit {
+    fn apply(&self, guest: &mut [u8]) -> Result<()> {
+        let (find, replace) = (self.find.as_bytes(), self.replace.as_bytes());
+        if find.is_empty() || find.len() != replace.len() {
+            bail!("edit_guest: find and replace must have the same length");
+        }
+        let starts = guest.windows(find.len()).enumerate();
+        let found: Vec<_> = starts
+            .filter_map(|(at, bytes)| (bytes == find).then_some(at))
+            .collect();
+        let [at] = found[..] else {
+            bail!(
+                "edit_guest: {:?} is {} times in the guest",
+                self.find,
+                found.len()
+            );
+        };
+        guest[at..at + find.len()].copy_from_slice(replace);
+        Ok(())
+    }
 }
 
 /// What a field of the report must be.
@@ -186,6 +219,7 @@ impl Scenario {
             guest: Some(guest.name.clone()),
             config: None,
             truncate_guest: None,
+            edit_guest: None,
             initrd: None,
             append: guest.command_line.clone(),
             memory: None,
@@ -334,6 +368,18 @@ impl Scenario {
     /// What is typed at the console.
     pub fn input(&self) -> Input<'_> {
         Input::Script(&self.input)
+    }
+
+    /// What is passed on of the guest.
+    ///
+    /// # Errors
+    /// When it cannot be changed as the scenario says.
+    pub fn guest_bytes(&self, mut guest: Vec<u8>) -> Result<Vec<u8>> {
+        if let Some(edit) = &self.edit_guest {
+            edit.apply(&mut guest)?;
+        }
+        guest.truncate(self.truncate_guest.unwrap_or(usize::MAX));
+        Ok(guest)
     }
 
     /// When the machine is killed.
@@ -537,6 +583,16 @@ mod tests {
             scenario.failures(Platform::Qemu, &result(6, None), ""),
             ["there is no report"]
         );
+    }
+
+    #[test]
+    fn a_guest_is_changed_where_it_has_the_bytes_once() {
+        let text = "exit_code = 2\ntruncate_guest = 4\nedit_guest = { find = \"b\\u0000\", replace = \"xy\" }";
+        let scenario = parse(text).unwrap();
+        let change = |guest: &[u8]| scenario.guest_bytes(guest.to_vec());
+        assert_eq!(change(b"ab\0cdef").unwrap(), b"axyc");
+        assert!(change(b"ab\0b\0").is_err());
+        assert!(change(b"ab").is_err());
     }
 
     #[test]

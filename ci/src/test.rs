@@ -422,8 +422,7 @@ fn pack_guest(images: &Images, scenario: &Scenario, work: &Path) -> Result<Optio
     };
     let read =
         |path: &Path| fs::read(path).with_context(|| format!("cannot read {}", path.display()));
-    let mut guest = read(&files.image)?;
-    guest.truncate(scenario.truncate_guest.unwrap_or(usize::MAX));
+    let guest = scenario.guest_bytes(read(&files.image)?)?;
     let initrd = match (&scenario.initrd, &files.initrd) {
         (Some(initrd), _) => Some(read(&scenario.path(initrd))?),
         (None, Some(path)) => Some(read(path)?),

@@ -4,15 +4,19 @@
 //! is checked where it is used. Nothing takes longer than linear time in the size of the file.
 
 use elf::abi;
+use elf::dynamic::DynamicTable;
 use elf::endian::LittleEndian;
 use elf::file::{Class, ELF32_EHDR_TAILSIZE, ELF64_EHDR_TAILSIZE, FileHeader, parse_ident};
 use elf::note::{Note, NoteIterator};
-use elf::parse::ParseError;
+use elf::parse::{ParseError, ParsingIterator};
+use elf::relocation::RelaIterator;
 use elf::section::{SectionHeader, SectionHeaderTable};
 use elf::segment::{ProgramHeader, SegmentTable};
+use elf::symbol::{Symbol, SymbolTable};
 
 use crate::LoadError;
 use crate::error::Table;
+use crate::hermit::HermitError;
 
 /// The note that holds a PVH entry point (Xen's public/elfnote.h).
 const XEN_ELFNOTE_PHYS32_ENTRY: u64 = 18;
@@ -182,6 +186,21 @@ impl<'a> ElfFile<'a> {
     /// # Errors
     /// [`LoadError`] if notes are not in the file, or the note is malformed.
     pub fn pvh_entry(&self) -> Result<Option<u32>, LoadError> {
+        match self.note(XEN_NOTE_NAME, XEN_ELFNOTE_PHYS32_ENTRY)? {
+            None => Ok(None),
+            // Both 4 and 8 bytes are in use; the entry is a 32-bit address in either case.
+            Some(&([a, b, c, d] | [a, b, c, d, 0, 0, 0, 0])) => {
+                Ok(Some(u32::from_le_bytes([a, b, c, d])))
+            }
+            Some(note) => Err(LoadError::PvhNote { length: note.len() }),
+        }
+    }
+
+    /// What the first note of a name and type holds, in a segment or a section.
+    ///
+    /// # Errors
+    /// [`LoadError`] if notes are not in the file.
+    pub fn note(&self, name: &[u8], kind: u64) -> Result<Option<&'a [u8]>, LoadError> {
         // Notes do not overlap, so they have no more bytes than the file. This bounds the search.
         let mut unread = self.file.len();
         let mut has_segments = false;
@@ -194,8 +213,9 @@ impl<'a> ElfFile<'a> {
             unread = unread
                 .checked_sub(notes.len())
                 .ok_or(LoadError::NotesOverlap)?;
-            if let Some(entry) = self.entry_note(notes, segment.header.p_align)? {
-                return Ok(Some(entry));
+            let found = self.note_among(notes, segment.header.p_align, (name, kind));
+            if found.is_some() {
+                return Ok(found);
             }
         }
         if has_segments {
@@ -210,36 +230,109 @@ impl<'a> ElfFile<'a> {
                 unread = unread
                     .checked_sub(notes.len())
                     .ok_or(LoadError::NotesOverlap)?;
-                if let Some(entry) = self.entry_note(notes, section.sh_addralign)? {
-                    return Ok(Some(entry));
+                let found = self.note_among(notes, section.sh_addralign, (name, kind));
+                if found.is_some() {
+                    return Ok(found);
                 }
             }
         }
         Ok(None)
     }
 
-    fn entry_note(&self, notes: &[u8], alignment: u64) -> Result<Option<u32>, LoadError> {
+    fn note_among(
+        &self,
+        notes: &'a [u8],
+        alignment: u64,
+        (name, kind): (&[u8], u64),
+    ) -> Option<&'a [u8]> {
         // Linkers give note segments all kinds of alignment; the notes themselves know two.
         let alignment = if alignment == 8 { 8 } else { 4 };
         let notes = NoteIterator::new(self.header.endianness, self.header.class, alignment, notes);
-        for note in notes {
-            let Note::Unknown(note) = note else { continue };
-            if note.n_type != XEN_ELFNOTE_PHYS32_ENTRY || note.name != XEN_NOTE_NAME {
-                continue;
-            }
-            // Both 4 and 8 bytes are in use; the entry is a 32-bit address in either case.
-            let entry = match *note.desc {
-                [a, b, c, d] | [a, b, c, d, 0, 0, 0, 0] => u32::from_le_bytes([a, b, c, d]),
-                _ => {
-                    return Err(LoadError::PvhNote {
-                        length: note.desc.len(),
-                    });
-                }
-            };
-            return Ok(Some(entry));
-        }
-        Ok(None)
+        notes.into_iter().find_map(|note| match note {
+            Note::Unknown(note) if note.n_type == kind && note.name == name => Some(note.desc),
+            _ => None,
+        })
     }
+
+    /// Whether it is a 64-bit file for x86-64.
+    pub fn is_x86_64(&self) -> bool {
+        self.header.class == Class::ELF64 && self.header.e_machine == abi::EM_X86_64
+    }
+
+    /// Whether it may be loaded anywhere.
+    pub fn is_relocatable(&self) -> bool {
+        self.header.e_type == abi::ET_DYN
+    }
+
+    /// What the dynamic section says, if there is one. Its relocations are those with addends.
+    ///
+    /// # Errors
+    /// [`LoadError`] if what it points to is not in the file.
+    pub fn dynamic(&self) -> Result<Option<Dynamic<'a>>, LoadError> {
+        let Some(segment) = self
+            .segments()
+            .find(|segment| segment.header.p_type == abi::PT_DYNAMIC)
+        else {
+            return Ok(None);
+        };
+        let bytes = segment.bytes(self.file)?;
+        let (mut needs_libraries, mut symbols) = (false, None);
+        let (mut relocations, mut relocations_size) = (0, 0);
+        let entries = DynamicTable::new(self.header.endianness, self.header.class, bytes);
+        for entry in entries
+            .iter()
+            .take_while(|entry| entry.d_tag != abi::DT_NULL)
+        {
+            match entry.d_tag {
+                abi::DT_NEEDED => needs_libraries = true,
+                abi::DT_SYMTAB => symbols = Some(entry.d_ptr()),
+                abi::DT_RELA => relocations = entry.d_ptr(),
+                abi::DT_RELASZ => relocations_size = entry.d_val(),
+                _ => {}
+            }
+        }
+        let table = match relocations_size {
+            0 => &[],
+            size => self
+                .bytes_at(relocations)
+                .and_then(|bytes| bytes.get(..usize::try_from(size).ok()?))
+                .ok_or(HermitError::Dynamic)?,
+        };
+        Ok(Some(Dynamic {
+            needs_libraries,
+            relocations: ParsingIterator::new(self.header.endianness, self.header.class, table),
+            symbols: symbols.and_then(|at| self.bytes_at(at)).unwrap_or(&[]),
+        }))
+    }
+
+    /// A symbol by its index in the bytes of [`Dynamic::symbols`].
+    pub fn symbol(&self, symbols: &'a [u8], index: u32) -> Option<Symbol> {
+        let table = SymbolTable::new(self.header.endianness, self.header.class, symbols);
+        table.get(index as usize).ok()
+    }
+
+    /// The file's bytes for a virtual address, to the end of the segment's.
+    fn bytes_at(&self, address: u64) -> Option<&'a [u8]> {
+        let mut loaded = self
+            .segments()
+            .filter(|segment| segment.header.p_type == abi::PT_LOAD);
+        loaded.find_map(|segment| {
+            let header = &segment.header;
+            let skipped = address.checked_sub(header.p_vaddr)?;
+            let bytes = segment.bytes(self.file).ok()?;
+            bytes.get(usize::try_from(skipped).ok()?..)
+        })
+    }
+}
+
+/// What a dynamic section says.
+pub struct Dynamic<'a> {
+    /// Whether the file wants others to be loaded with it.
+    pub needs_libraries: bool,
+    /// The relocations.
+    pub relocations: RelaIterator<'a, LittleEndian>,
+    /// The symbol table's bytes, and what follows them.
+    pub symbols: &'a [u8],
 }
 
 impl NumberedSegment {

@@ -4,6 +4,7 @@ use core::fmt;
 
 use umbra_vcpu::address::Gpa;
 
+use crate::hermit::HermitError;
 pub use crate::image::Hint;
 use crate::linux::LinuxError;
 
@@ -148,6 +149,8 @@ pub enum LoadError {
     },
     /// A Linux bzImage is refused.
     Linux(LinuxError),
+    /// A Hermit application is refused.
+    Hermit(HermitError),
     /// A text holds a zero byte.
     ZeroByte(&'static str),
     /// The host has no memory for the guest's RAM.
@@ -272,7 +275,7 @@ impl LoadError {
             Self::UnknownFormat(hint) => write!(
                 formatter,
                 "{hint}; known formats are Multiboot (a header in the first 8 KiB), PVH (an ELF note \
-                 XEN_ELFNOTE_PHYS32_ENTRY) and Linux bzImage"
+                 XEN_ELFNOTE_PHYS32_ENTRY), Linux bzImage and Hermit"
             ),
             Self::ElfTruncated { size, needed } => write!(
                 formatter,
@@ -363,6 +366,7 @@ impl LoadError {
                 )
             }
             Self::Linux(error) => write!(formatter, "{error}"),
+            Self::Hermit(error) => write!(formatter, "{error}"),
             Self::ZeroByte(what) => write!(formatter, "{what} holds a zero byte"),
             _ => Ok(()),
         }

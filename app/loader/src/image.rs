@@ -6,6 +6,7 @@ use elf::abi;
 use umbra_vcpu::address::Gpa;
 
 use crate::elf_file::{ElfFile, NumberedSegment};
+use crate::hermit::Application;
 use crate::linux::BzImage;
 use crate::multiboot::{self, Header};
 use crate::{GuestRam, LoadError, MemoryMap};
@@ -18,6 +19,8 @@ pub enum Image<'a> {
     Pvh(Executable<'a>),
     /// A Linux bzImage.
     Linux(BzImage<'a>),
+    /// A Hermit application.
+    Hermit(Application<'a>),
 }
 
 /// What to put into memory, and where to begin.
@@ -72,6 +75,9 @@ impl<'a> Image<'a> {
                 Executable::of_elf(&elf, file, None)?,
                 Some(elf),
             ));
+        }
+        if let Some(application) = Application::parse(&elf, file)? {
+            return Ok(Self::Hermit(application));
         }
         if let Some(entry) = elf.pvh_entry()? {
             return Ok(Self::Pvh(Executable::of_elf(&elf, file, Some(entry))?));
@@ -138,6 +144,46 @@ impl<'a> Executable<'a> {
             u64::from,
         );
         Self::new(segments, entry)
+    }
+
+    /// What the program headers say when all of their virtual addresses are moved by `base`.
+    ///
+    /// # Errors
+    /// As [`Executable::new`].
+    pub fn at_base(elf: &ElfFile<'a>, file: &'a [u8], base: u64) -> Result<Self, LoadError> {
+        let segments = elf
+            .segments()
+            .filter(|segment| segment.header.p_type == abi::PT_LOAD)
+            .map(|segment| {
+                let start = Gpa::new(base.saturating_add(segment.header.p_vaddr));
+                Ok(Segment {
+                    start,
+                    ..Segment::of_elf(&segment, file)?
+                })
+            })
+            .collect::<Result<_, LoadError>>()?;
+        Self::new(segments, base.saturating_add(elf.entry()))
+    }
+
+    /// The first address of all segments, and the one behind the last.
+    pub fn range(&self) -> (u64, u64) {
+        let first = self.occupied().next().map_or(0, |(start, _)| start);
+        let last = self.occupied().last().map_or(0, |(_, end)| end);
+        (first, last)
+    }
+
+    /// Whether one segment has all of these bytes.
+    pub fn holds(&self, at: Gpa, length: u64) -> bool {
+        let following = self.segments.partition_point(|segment| segment.start <= at);
+        let segment = following
+            .checked_sub(1)
+            .and_then(|index| self.segments.get(index));
+        segment.is_some_and(|segment| {
+            let offset = at.as_u64() - segment.start.as_u64();
+            offset
+                .checked_add(length)
+                .is_some_and(|end| end <= segment.length)
+        })
     }
 
     /// The physical address of the first instruction.

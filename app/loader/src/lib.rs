@@ -6,6 +6,7 @@
 //! | Multiboot 0.6.96, ELF32 or address fields | header in the first 8 KiB | `multiboot` |
 //! | PVH (ELF32 or ELF64) | note `XEN_ELFNOTE_PHYS32_ENTRY` | `pvh` |
 //! | Multiboot with ELF64 | header and ELF class, if there is no PVH note | `multiboot` |
+//! | Hermit application | note of the name HERMIT with the entry version | `hermit` |
 //! | Linux bzImage | `HdrS` and the boot flag in the first two sectors | `linux` |
 //!
 //! Protocol: [`load`] first reads and checks the whole image, then writes; an image that is refused
@@ -16,8 +17,10 @@
 
 extern crate alloc;
 
+mod device_tree;
 mod elf_file;
 mod error;
+mod hermit;
 mod image;
 mod linux;
 mod long_mode;
@@ -27,6 +30,7 @@ mod placement;
 mod pvh;
 
 pub use error::{Hint, LoadError, Table};
+pub use hermit::HermitError;
 pub use linux::LinuxError;
 pub use long_mode::{CODE_SELECTOR, DATA_SELECTOR, DESCRIPTORS_SIZE};
 pub use memory_map::{MemoryKind, MemoryMap, MemoryRange};
@@ -76,6 +80,17 @@ pub struct LoadRequest<'a> {
     pub memory_map: &'a MemoryMap,
     /// Where ACPI's root pointer (RSDP) is, for protocols that tell it.
     pub acpi_root: Option<Gpa>,
+    /// The guest's clock, for protocols that tell it.
+    pub clock: Clock,
+}
+
+/// What time it is.
+#[derive(Clone, Copy, Debug)]
+pub struct Clock {
+    /// The frequency of the time-stamp counter in kHz.
+    pub tsc_khz: u32,
+    /// The wall clock in nanoseconds since 1970.
+    pub unix_nanoseconds: u64,
 }
 
 /// How an image is to be entered.
@@ -97,6 +112,19 @@ pub enum EntryState {
         eip: u32,
         /// The guest-physical address of the boot parameters.
         esi: u32,
+        /// The guest-physical address of the descriptor table of [`DESCRIPTORS_SIZE`] bytes.
+        gdt: u32,
+    },
+    /// As `Long64`, by Hermit's entry protocol.
+    Hermit64 {
+        /// The entry point.
+        rip: u64,
+        /// The guest-physical address of the boot information.
+        rdi: u64,
+        /// The lowest address of the boot stack.
+        rsp: u64,
+        /// The guest-physical address of the root page table.
+        cr3: u32,
         /// The guest-physical address of the descriptor table of [`DESCRIPTORS_SIZE`] bytes.
         gdt: u32,
     },
@@ -124,6 +152,8 @@ pub enum Format {
     Pvh,
     /// Linux's boot protocol.
     Linux,
+    /// Hermit's entry protocol.
+    Hermit,
 }
 
 /// An image that is in RAM.
@@ -148,5 +178,6 @@ pub fn load(
         Image::Multiboot(image, elf) => multiboot::load(&image, elf.as_ref(), request, ram),
         Image::Pvh(image) => pvh::load(&image, request, ram),
         Image::Linux(image) => image.load(request, ram),
+        Image::Hermit(application) => application.load(request, ram),
     }
 }

@@ -3,8 +3,8 @@
 mod common;
 
 use common::{
-    ACPI_ROOT, Class, Load, MEMORY, MODULES, NAMES, NoteIn, Ram, SYMBOLS, good_images, load_into,
-    multiboot_elf, multiboot_flat, multiboot_header, pvh_elf, try_load,
+    ACPI_ROOT, CLOCK, Class, Load, MEMORY, MODULES, NAMES, NoteIn, Ram, SYMBOLS, good_images,
+    load_into, multiboot_elf, multiboot_flat, multiboot_header, pvh_elf, try_load,
 };
 use umbra_loader::{EntryState, Format, LoadRequest, Loaded, MemoryMap, Module, load};
 
@@ -225,6 +225,7 @@ fn modules_that_do_not_fit_are_refused_before_anything_is_written() {
             modules: &modules,
             memory_map: &map,
             acpi_root: Some(ACPI_ROOT),
+            clock: CLOCK,
         };
         let mut ram = Ram::new(&map);
         let error = load(&image, &request, &mut ram).unwrap_err().to_string();
@@ -249,6 +250,7 @@ fn texts_with_zero_bytes_are_refused() {
                 modules: &modules,
                 memory_map: &map,
                 acpi_root: Some(ACPI_ROOT),
+                clock: CLOCK,
             };
             let mut ram = Ram::new(&map);
             let error = load(&image, &request, &mut ram).unwrap_err().to_string();

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{ACPI_ROOT, BZ_IMAGE_SYSTEM, MEMORY, Ram, bz_image};
+use common::{ACPI_ROOT, BZ_IMAGE_SYSTEM, CLOCK, MEMORY, Ram, bz_image};
 use proptest::prelude::*;
 use umbra_loader::{EntryState, Format, LoadError, LoadRequest, Loaded, MemoryMap, Module, load};
 
@@ -21,6 +21,7 @@ fn load_with(
         modules,
         memory_map: &map,
         acpi_root: Some(ACPI_ROOT),
+        clock: CLOCK,
     };
     let mut ram = Ram::new(&map);
     let result = load(image, &request, &mut ram);

@@ -4,11 +4,17 @@
 
 use std::collections::BTreeMap;
 
-use umbra_loader::{GuestRam, LoadError, LoadRequest, Loaded, MemoryMap, Module, OutOfRam, load};
+use umbra_loader::{
+    Clock, GuestRam, LoadError, LoadRequest, Loaded, MemoryMap, Module, OutOfRam, load,
+};
 use umbra_vcpu::address::Gpa;
 
 pub const MEMORY: u64 = 8 << 20;
 pub const ACPI_ROOT: Gpa = Gpa::new(0xe_0000);
+pub const CLOCK: Clock = Clock {
+    tsc_khz: 2_400_000,
+    unix_nanoseconds: 1_800_000_000_123_456_789,
+};
 const PAGE: u64 = 4096;
 
 /// Guest RAM of which only written pages exist. A write outside of usable RAM fails the test.
@@ -107,6 +113,7 @@ pub fn load_into(image: &[u8], map: &MemoryMap, ram: &mut Ram) -> Result<Loaded,
         modules: &MODULES,
         memory_map: map,
         acpi_root: Some(ACPI_ROOT),
+        clock: CLOCK,
     };
     load(image, &request, ram)
 }
