@@ -387,13 +387,9 @@ impl<H: Host> Mmu<H> {
             previous: [None; MAXIMUM_PREVIOUS],
             pointers,
         };
-        let mut state = self.state.lock();
-        let index = if let Some(index) = state.vcpus.iter().position(Option::is_none) {
-            state.vcpus[index] = Some(roots);
-            index
-        } else {
-            state.vcpus.push(Some(roots));
-            state.vcpus.len() - 1
+        let Some(index) = self.enter(roots) else {
+            self.host.free(pointers);
+            return Err(MmuError::OutOfMemory);
         };
         Ok(Vcpu {
             index,
@@ -404,6 +400,30 @@ impl<H: Host> Mmu<H> {
             root_epoch: None,
             root: Hpa::new(0),
         })
+    }
+
+    /// Puts a virtual CPU's roots where nobody's are. `None` if the host has no memory for the place.
+    fn enter(&self, roots: VcpuRoots) -> Option<usize> {
+        let mut larger = Vec::new();
+        loop {
+            let mut state = self.state.lock();
+            let vcpus = &mut state.vcpus;
+            if let Some(index) = vcpus.iter().position(Option::is_none) {
+                vcpus[index] = Some(roots);
+                return Some(index);
+            }
+            if vcpus.capacity() < larger.capacity() {
+                larger.append(vcpus);
+                core::mem::swap(&mut larger, vcpus);
+            }
+            if vcpus.len() < vcpus.capacity() {
+                vcpus.push(Some(roots));
+                return Some(vcpus.len() - 1);
+            }
+            let wanted = 2 * vcpus.len() + 4;
+            drop(state);
+            larger.try_reserve_exact(wanted).ok()?;
+        }
     }
 
     /// Gives back all that a virtual CPU holds. It must not run any more.

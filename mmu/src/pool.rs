@@ -77,10 +77,23 @@ impl<H: Host> MmuPool<H> {
             self.budget.clone(),
             Some(Arc::downgrade(&self.members)),
         ));
-        let mut members = self.members.mmus.lock();
-        members.retain(|member| member.strong_count() > 0);
-        members.push(Arc::downgrade(&mmu));
-        mmu
+        // An allocation may call for the scan, which needs this lock.
+        let mut larger = Vec::new();
+        loop {
+            let mut members = self.members.mmus.lock();
+            if members.capacity() < larger.capacity() {
+                larger.append(&mut members);
+                core::mem::swap(&mut larger, &mut members);
+            }
+            members.retain(|member| member.strong_count() > 0);
+            if members.len() < members.capacity() {
+                members.push(Arc::downgrade(&mmu));
+                return mmu;
+            }
+            let wanted = 2 * members.len() + 4;
+            drop(members);
+            larger.reserve_exact(wanted);
+        }
     }
 
     /// Shadow pages of all VMs together, exact.
