@@ -6,8 +6,11 @@
 //!     target/release/examples/cost fill 10000
 //! ```
 //!
-//! Only what is inside of `measured` is counted. `fill COUNT` fills 4 KiB mappings whose tables are
-//! all shadowed; `build COUNT` fills mappings that need three new pages each; `zap PAGES BATCH` makes
+//! callgrind counts each round of a repeated instruction, so for `build`, which clears memory, set
+//! `GLIBC_TUNABLES=glibc.cpu.x86_rep_stosb_threshold=1000000`.
+//!
+//! Only what is inside of `measured` is counted. `fill COUNT PREFETCH` fills 4 KiB mappings whose tables
+//! are all shadowed; `build COUNT` fills mappings that need three new pages each; `zap PAGES BATCH` makes
 //! leaf tables and takes them away in batches; `trace hot|scan PAGES clock|fifo any|one PREFETCH`
 //! counts the faults of a guest that has fewer pages than it needs, and says what the best of all
 //! policies, which knows the future, would have to fetch.
@@ -226,11 +229,19 @@ impl Guest {
     }
 }
 
-fn fill(count: u64) {
-    let mut guest = Guest::new(8 + count / 256, 512);
-    for page in 0..count {
-        let gva = (page / 511 * 512 + page % 511 + 1) << 12;
-        if page % 511 == 0 {
+fn fill(count: u64, prefetch: usize) {
+    let config = MmuConfig {
+        limit: 1 << 20,
+        prefetch,
+        ..MmuConfig::default()
+    };
+    let mut guest = Guest::with(8 + count / 8, config, 512);
+    for number in 0..count {
+        // The first group of entries in each table is filled by the fault that makes the table.
+        let groups = (512 / prefetch - 1) as u64;
+        let (table, group) = (number / groups, number % groups + 1);
+        let gva = table << 21 | (group * prefetch as u64) << 12;
+        if group == 1 {
             guest.fault(gva & !0x1f_ffff);
         }
         measured(|| guest.handle(gva));
@@ -389,6 +400,6 @@ fn main() {
             let prefetch = number(6, MmuConfig::default().prefetch as u64) as usize;
             trace(text(2), pages, victims, text(5), prefetch);
         }
-        _ => fill(number(2, 1000)),
+        _ => fill(number(2, 1000), number(3, 1) as usize),
     }
 }

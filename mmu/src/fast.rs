@@ -6,10 +6,10 @@
 //! decides. Whatever is not the plain success (a right that is missing, a reserved bit, a logged page,
 //! no memory yet) is left to the whole walk, which also finds the exact error code.
 
-use crate::fault::{FaultOutcome, MmioTarget};
+use crate::fault::{FAULT_PAGES, FaultOutcome, MmioTarget};
 use crate::host::Host;
 use crate::level::{ENTRIES, Level};
-use crate::page::{PageId, ShadowPage};
+use crate::page::{ActivePage, PageId, ShadowPage};
 use crate::registers::{AccessKind, Attempt, Fault, GuestPaging, Rights};
 use crate::role::{EntryFormat, bits};
 use crate::spte::Spte;
@@ -194,16 +194,54 @@ impl<H: Host> Core<'_, H> {
         })
     }
 
+    /// Fills empty neighbours of a level-1 entry whose guest entries are accessed already, as a
+    /// processor may at any time.
+    pub fn prefetch(&mut self, page: ActivePage, index: usize) {
+        let shadow = &self.state.pages[page.id()];
+        let (role, frame, table) = (shadow.role, shadow.frame, shadow.gfn);
+        if role.is_direct() || role.level != Level::One {
+            return;
+        }
+        let slot = self.state.slots.usable(table);
+        let Some(memory) = slot.and_then(|slot| self.frame_in(slot, table)) else {
+            return;
+        };
+        let format = role.entries();
+        let looked_at = bits::PRESENT | bits::ACCESSED | format.suspicious(self.config.features);
+        let first = index & !(self.config.prefetch - 1);
+        for neighbour in first..(first + self.config.prefetch).min(ENTRIES) {
+            if neighbour == index || !Spte(self.host.load(frame, neighbour)).is_empty() {
+                continue;
+            }
+            let offset = role.guest_entry_offset(neighbour);
+            let value = self.load_guest(role.format, memory, offset);
+            let rights = role.rights & format.rights(value);
+            if value & looked_at != bits::PRESENT | bits::ACCESSED
+                || format.is_fetch_only(rights, value)
+            {
+                continue;
+            }
+            let rights = format.leaf_rights(rights, value);
+            let Some(leaf) = self.leaf_to(format.table(value), rights, AccessKind::Read) else {
+                continue;
+            };
+            if self.state.nodes.available() < FAULT_PAGES * 2 {
+                return;
+            }
+            self.map_empty(page, neighbour, Level::One, &leaf);
+            self.state.counters.mmu_prefetched += 1;
+        }
+    }
+
     /// A mapping of `gfn`, if it is ordinary memory that lets `kind` through at once.
     #[inline]
     fn leaf_to(&self, gfn: Gfn, rights: Rights, kind: AccessKind) -> Option<Leaf> {
         let slot = self.state.slots.usable(gfn)?;
-        if !slot.memory.flags.is_empty() {
-            return None;
-        }
         let frame = self.frame_in(slot, gfn)?;
         let mut granted = rights;
-        if rights.contains(Rights::WRITE) && slot.has_tables_near(gfn) && self.is_tracked(gfn) {
+        // Read-only and logged memory takes its writes the long way.
+        if rights.contains(Rights::WRITE) && (!slot.memory.flags.is_empty() || self.is_tracked(gfn))
+        {
             granted -= Rights::WRITE;
         }
         if kind == AccessKind::Write && !granted.contains(Rights::WRITE) {

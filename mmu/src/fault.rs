@@ -385,40 +385,6 @@ impl<H: Host> Core<'_, H> {
         rights
     }
 
-    /// Fills empty neighbours of a level-1 entry whose guest entries are accessed already, as a
-    /// processor may at any time.
-    pub fn prefetch(&mut self, page: ActivePage, index: usize) {
-        let id = page.id();
-        let role = self.state.pages[id].role;
-        if role.is_direct() || role.level != Level::One {
-            return;
-        }
-        let first = index & !(self.config.prefetch - 1);
-        for neighbour in first..(first + self.config.prefetch).min(512) {
-            if neighbour == index || !self.load(id, neighbour).is_empty() {
-                continue;
-            }
-            let crate::sync::Wanted::Leaf { gfn, rights } = self.wanted(id, neighbour) else {
-                continue;
-            };
-            let Some(frame) = self.resolve(gfn) else {
-                continue;
-            };
-            if self.state.nodes.available() < FAULT_PAGES * 2 {
-                return;
-            }
-            let granted = self.granted(gfn, Level::One, rights, AccessKind::Read);
-            let leaf = Leaf {
-                gfn,
-                frame,
-                rights,
-                granted,
-            };
-            self.map_empty(page, neighbour, Level::One, &leaf);
-            self.state.counters.mmu_prefetched += 1;
-        }
-    }
-
     /// The page with this frame and role, up to date; made if there is none.
     ///
     /// `None` only if the caller reserved too little, which the audit would show.

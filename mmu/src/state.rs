@@ -297,6 +297,7 @@ impl<H: Host> Core<'_, H> {
     }
 
     /// Whether a write to `gfn` would change a table that a shadow page holds to be unchanged.
+    #[inline]
     pub fn is_tracked(&self, gfn: Gfn) -> bool {
         let near = |slot: &Slot| slot.has_tables_near(gfn);
         if !self.state.slots.get(gfn).is_some_and(near) {
