@@ -2,6 +2,7 @@
 
 use alloc::boxed::Box;
 use alloc::format;
+use alloc::string::String;
 use alloc::vec::Vec;
 
 use umbra_loader::{Clock, Format, LoadError, LoadRequest, MemoryMap, Module};
@@ -13,7 +14,7 @@ use umbra_report::options::{Device, GuestOptions, Options};
 use umbra_report::{ExitCode, Outcome, Report};
 use umbra_vcpu::address::{Gfn, PAGE_SIZE};
 
-use crate::archive::BootFiles;
+use crate::archive::{BootFiles, GuestFiles};
 use crate::driver::Driver;
 use crate::guest::{End, ExitCounts, Guest, Halted};
 use crate::memory::{GuestHost, LoaderRam, RamRange};
@@ -25,26 +26,52 @@ use crate::{archive, control, entry, platform, pressure, timestamp};
 
 /// Runs the guests that `options` ask for to their ends, and returns the image's exit code.
 pub fn run_guests(options: &Options, files: &BootFiles) -> ExitCode {
-    let mut schedule = Schedule::new();
-    let driver = Driver::enable(&HostAddressSpace);
-    for guest in &options.guests {
-        let name = guest
+    let launcher = Launcher {
+        guests: &options.guests,
+        files,
+        driver: Driver::enable(&HostAddressSpace),
+    };
+    Schedule::start(&launcher).run()
+}
+
+/// Prepares guests to run, each as often as it shall.
+pub struct Launcher<'a> {
+    guests: &'a [GuestOptions],
+    files: &'a BootFiles,
+    driver: Result<Driver, String>,
+}
+
+impl Launcher<'_> {
+    /// How many guests there are.
+    pub const fn guests(&self) -> usize {
+        self.guests.len()
+    }
+
+    /// How often the guest at `index` shall run.
+    pub fn runs(&self, index: usize) -> u64 {
+        self.guests[index].repeat
+    }
+
+    /// Builds and loads the guest at `index`.
+    ///
+    /// # Errors
+    /// The report of a guest that cannot even start.
+    pub fn prepare(&self, index: usize) -> Result<Guest, Report> {
+        let options = &self.guests[index];
+        let name = options
             .name
             .as_deref()
             .unwrap_or(archive::EMBEDDED_GUEST_NAME);
-        let prepared = match &driver {
-            Ok(driver) => prepare(name, guest, options.guests.len(), files, driver),
+        let prepared = match &self.driver {
+            Ok(driver) => self
+                .files
+                .of_guest(options, self.guests())
+                .map_err(|message| End::new(Outcome::BadImage, message))
+                .and_then(|files| prepare(name, options, self.guests(), files, driver)),
             Err(error) => Err(End::new(Outcome::NoVirtualization, error.as_str())),
         };
-        match prepared {
-            Ok(guest) => schedule.add(guest),
-            Err(end) => {
-                hermit::println!("umbra: {}", end.message);
-                schedule.report(&Report::new(name, end.outcome, end.message));
-            }
-        }
+        prepared.map_err(|end| Report::new(name, end.outcome, end.message))
     }
-    schedule.run()
 }
 
 /// Builds and loads one guest `of` several.
@@ -52,13 +79,9 @@ fn prepare(
     name: &str,
     options: &GuestOptions,
     of: usize,
-    files: &BootFiles,
+    files: GuestFiles,
     driver: &Driver,
 ) -> Result<Guest, End> {
-    let files = files
-        .of_guest(options, of)
-        .map_err(|message| End::new(Outcome::BadImage, message))?;
-
     let memory_map = MemoryMap::new(options.memory);
     let ranges: Vec<RamRange> = memory_map
         .ram()

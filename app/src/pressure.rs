@@ -6,9 +6,11 @@
 //! are freed one by one, but go back to the heap in slabs.
 
 use core::alloc::Layout;
+use core::sync::atomic::{AtomicU64, Ordering};
 
 use spin::Once;
 use umbra_mmu::MmuPool;
+use umbra_report::HeapCounters;
 use umbra_vcpu::address::PAGE_SIZE;
 
 use crate::memory::GuestHost;
@@ -19,6 +21,8 @@ const MINIMUM_SCAN: usize = 4 * physical::SLAB_FRAMES;
 /// Bytes that should stay free, so that the kernel's own allocations rarely meet an empty heap.
 const WATERMARK: usize = 1 << 20;
 
+/// MMUs that were passed over because they were locked.
+static SKIPPED: AtomicU64 = AtomicU64::new(0);
 static POOL: Once<MmuPool<GuestHost>> = Once::new();
 
 /// The pool that all guests' MMUs belong to. Its first use installs the callback.
@@ -41,8 +45,23 @@ fn give_back(request: Layout) -> usize {
     let pages = request.size().div_ceil(PAGE_SIZE as usize);
     loop {
         let shrunk = pool.scan(pages.max(MINIMUM_SCAN));
+        SKIPPED.fetch_add(shrunk.skipped as u64, Ordering::Relaxed);
         if shrunk.freed == 0 || released() >= request.size() {
             return released();
         }
+    }
+}
+
+/// What the report says of the heap.
+pub fn heap_counters() -> HeapCounters {
+    let heap = hermit::mm::heap_statistics();
+    HeapCounters {
+        heap_free: heap.free as u64,
+        heap_allocated: heap.allocated as u64,
+        heap_allocations: heap.allocations as u64,
+        heap_low_water: heap.low_water as u64,
+        heap_watermark: heap.watermark as u64,
+        heap_low_memory_calls: heap.callback_calls as u64,
+        shrink_skipped: SKIPPED.load(Ordering::Relaxed),
     }
 }

@@ -1,67 +1,109 @@
 //! Several guests on one processor: each runs its turn, in the order of their names on the command
 //! line, until its time slice ends or it waits for an interrupt.
 //!
-//! A guest that ends is reported at once and dropped with all that it held, and the others go on. The
-//! processor sleeps only when every guest waits.
+//! A guest that ends is dropped with all that it held, then reported, then started again if its
+//! options say so; the others go on. The processor sleeps only when every guest waits.
 
 use alloc::vec::Vec;
 
 use umbra_report::{ExitCode, Report};
 
 use crate::guest::{Guest, TICK_MICROSECONDS, Turn};
-use crate::platform;
+use crate::launch::Launcher;
+use crate::{platform, pressure};
 
 /// The guests that run.
-pub struct Schedule {
-    guests: Vec<Guest>,
+pub struct Schedule<'a> {
+    launcher: &'a Launcher<'a>,
+    running: Vec<Running>,
     exit_code: ExitCode,
 }
 
-impl Schedule {
-    /// No guest yet.
-    pub const fn new() -> Self {
-        Self {
-            guests: Vec::new(),
+/// A guest in one of its runs.
+struct Running {
+    guest: Guest,
+    /// Its place in the options.
+    index: usize,
+    /// Which of its runs this is, from 1.
+    run: u64,
+}
+
+impl<'a> Schedule<'a> {
+    /// Starts every guest.
+    pub fn start(launcher: &'a Launcher<'a>) -> Self {
+        let mut schedule = Self {
+            launcher,
+            running: Vec::new(),
             exit_code: ExitCode::Success,
+        };
+        for index in 0..launcher.guests() {
+            if let Some(running) = schedule.launch(index, 1) {
+                schedule.running.push(running);
+            }
         }
+        schedule
     }
 
-    /// Lets one more guest run.
-    pub fn add(&mut self, guest: Guest) {
-        self.guests.push(guest);
-    }
-
-    /// Prints the report of a guest that has ended. The first failure's exit code is the image's.
-    pub fn report(&mut self, report: &Report) {
-        hermit::println!("{}", report.line());
-        if self.exit_code == ExitCode::Success {
-            self.exit_code = report.exit_code;
-        }
-    }
-
-    /// Runs all guests to their ends.
+    /// Runs all guests to their ends, and returns the exit code of the first that failed.
     pub fn run(mut self) -> ExitCode {
         platform::interrupt_every(TICK_MICROSECONDS);
-        while !self.guests.is_empty() {
+        while !self.running.is_empty() {
             let mut everyone_waits = true;
-            let mut index = 0;
-            while let Some(guest) = self.guests.get_mut(index) {
-                match guest.turn() {
+            let mut place = 0;
+            while let Some(running) = self.running.get_mut(place) {
+                match running.guest.turn() {
                     Turn::Over => everyone_waits = false,
                     Turn::Waiting => {}
                     Turn::Ended(end) => {
                         everyone_waits = false;
-                        let report = self.guests.remove(index).finish(end);
-                        self.report(&report);
+                        let Running { guest, index, run } = self.running.remove(place);
+                        let report = guest.finish(end);
+                        if let Some(next) = self.ended(report, index, run) {
+                            self.running.insert(place, next);
+                        }
                         continue;
                     }
                 }
-                index += 1;
+                place += 1;
             }
             if everyone_waits {
                 platform::wait_for_interrupt();
             }
         }
         self.exit_code
+    }
+
+    /// Reports a run that has ended, and starts the next one of the same guest, if there is one.
+    fn ended(&mut self, report: Report, index: usize, run: u64) -> Option<Running> {
+        let is_last = run >= self.launcher.runs(index) || report.exit_code != ExitCode::Success;
+        self.report(report, run);
+        if is_last {
+            None
+        } else {
+            self.launch(index, run + 1)
+        }
+    }
+
+    fn launch(&mut self, index: usize, run: u64) -> Option<Running> {
+        match self.launcher.prepare(index) {
+            Ok(guest) => Some(Running { guest, index, run }),
+            Err(report) => {
+                hermit::println!("umbra: {}", report.message);
+                self.report(report, run);
+                None
+            }
+        }
+    }
+
+    fn report(&mut self, report: Report, run: u64) {
+        let report = Report {
+            run,
+            heap: pressure::heap_counters(),
+            ..report
+        };
+        hermit::println!("{}", report.line());
+        if self.exit_code == ExitCode::Success {
+            self.exit_code = report.exit_code;
+        }
     }
 }

@@ -64,9 +64,9 @@ impl Config {
         })
     }
 
-    /// How many guests there are.
-    pub fn guests(&self) -> usize {
-        self.options.guests.len()
+    /// How many reports its guests give, if none fails.
+    pub fn reports(&self) -> usize {
+        usize::try_from(self.options.runs()).unwrap_or(usize::MAX)
     }
 
     /// All guests' memory in bytes.
@@ -117,7 +117,7 @@ mod tests {
         let text = "memory = \"8M\"\n[[guest]]\nname = \"hello\"\n\
             [[guest]]\nname = \"b\"\nimage = \"kernel\"\n[[guest]]\nname = \"c\"\nimage = \"hello\"\n";
         let config = read(text).unwrap();
-        assert_eq!((config.guests(), config.memory()), (3, 24 << 20));
+        assert_eq!((config.reports(), config.memory()), (3, 24 << 20));
         let names: Vec<_> = config.sources.keys().map(String::as_str).collect();
         assert_eq!(names, ["hello", "kernel"]);
     }

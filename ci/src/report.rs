@@ -26,10 +26,10 @@ pub struct Result {
     pub problem: Option<String>,
 }
 
-/// Compares how the machine ended with what the console says about its `guests`. Success needs proof
+/// Compares how the machine ended with what the console says, which has `count` reports. Success needs proof
 /// on the console, because some machines end with 0 without having run anything.
-pub fn judge(ending: Ending, console: &str, application: Application, guests: usize) -> Result {
-    let reports = reports(console, guests);
+pub fn judge(ending: Ending, console: &str, application: Application, count: usize) -> Result {
+    let reports = reports(console, count);
     let (code, problem) = match (ending, &reports) {
         (Ending::Failed(reason), _) => (ExitCode::GuestFailed.as_u8(), Some(reason)),
         (Ending::Exit(code), _) if application != Application::Umbra => {
@@ -67,9 +67,9 @@ pub fn judge(ending: Ending, console: &str, application: Application, guests: us
 
 /// The last reports of a console. A lone guest may print lines that look like reports, but none comes
 /// after Umbra's; several guests' lines begin with their names.
-fn reports(console: &str, guests: usize) -> std::result::Result<Vec<Report>, ReportError> {
+fn reports(console: &str, count: usize) -> std::result::Result<Vec<Report>, ReportError> {
     let all: Vec<_> = Report::all_from_console(console).collect();
-    let first = all.len().checked_sub(guests).ok_or(ReportError::Missing)?;
+    let first = all.len().checked_sub(count).ok_or(ReportError::Missing)?;
     all.into_iter().skip(first).collect()
 }
 

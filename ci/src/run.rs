@@ -122,8 +122,8 @@ pub fn run(project: &Project, options: &Options) -> Result<u8> {
         work: &work,
     };
     let ending = options.on.run(project, &boot, &console)?;
-    let guests = config.as_ref().map_or(1, Config::guests);
-    let result = report::judge(ending, &console.text(), Application::Umbra, guests);
+    let reports = config.as_ref().map_or(1, Config::reports);
+    let result = report::judge(ending, &console.text(), Application::Umbra, reports);
     if let Some(problem) = &result.problem {
         eprintln!("{problem}");
     }

@@ -3,7 +3,7 @@
 //! Each of our own guests is one, as `images/guests/guests.toml` says what it prints and how it ends.
 //! Others are TOML files in `ci/scenarios`; one that is named after a guest takes its place.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -92,7 +92,10 @@ pub struct Scenario {
     /// What the fields of every guest's report must be.
     #[serde(default)]
     report: BTreeMap<String, Expectation>,
-    /// The same for a guest by name.
+    /// Fields that must be the same in every report.
+    #[serde(default)]
+    constant: Vec<String>,
+    /// What the fields must be for a guest by name.
     #[serde(default)]
     reports: BTreeMap<String, BTreeMap<String, Expectation>>,
     /// The directory of the file.
@@ -124,6 +127,7 @@ const KEYS: Keys = Keys(&[
     ("console", LEAF),
     ("forbid", LEAF),
     ("report", LEAF),
+    ("constant", LEAF),
     ("reports", LEAF),
 ]);
 
@@ -238,6 +242,7 @@ impl Scenario {
             source: Some(Source::Own(guest)),
             forbid: Vec::new(),
             report: BTreeMap::new(),
+            constant: Vec::new(),
             reports: BTreeMap::new(),
             directory: PathBuf::new(),
         }
@@ -282,6 +287,7 @@ impl Scenario {
         let expectations = scenario.reports.values().chain([&scenario.report]);
         for field in expectations
             .flat_map(BTreeMap::keys)
+            .chain(&scenario.constant)
             .filter(|field| !field.starts_with("exits."))
         {
             if !known.contains_key(field) {
@@ -435,6 +441,17 @@ impl Scenario {
                 None => failures.push(format!("there is no report of {guest}")),
             }
         }
+        for field in &self.constant {
+            let values: BTreeSet<_> = result
+                .reports
+                .iter()
+                .filter_map(|report| Some(fields(report).get(field)?.to_string()))
+                .collect();
+            if values.len() > 1 {
+                let values = Vec::from_iter(values).join(", ");
+                failures.push(format!("{field} is not the same in all reports: {values}"));
+            }
+        }
         if result.reports.is_empty() && !self.report.is_empty() {
             failures.push("there is no report".to_owned());
         }
@@ -568,7 +585,7 @@ mod tests {
         let scenario = parse(text).unwrap();
         let mut report = Report::new("x", Outcome::TripleFault, "");
         report.mmu.pf_taken = 3;
-        report.exits.insert("cpuid".to_owned(), 1);
+        report.exits.insert("cpuid".into(), 1);
         let failures = |report: &Report| {
             scenario
                 .failures(Platform::Qemu, &result(6, Some(report.clone())), "")

@@ -405,8 +405,8 @@ fn boot(project: &Project, images: &Images, job: &Job, console: &Console) -> Res
     let ending = job.platform.run(project, &boot, console)?;
     let text = console.text();
     fs::write(work.join("console"), &text)?;
-    let guests = config.map_or(1, |(config, _)| config.guests());
-    let result = report::judge(ending, &text, scenario.application, guests);
+    let reports = config.map_or(1, |(config, _)| config.reports());
+    let result = report::judge(ending, &text, scenario.application, reports);
     Ok(scenario.failures(job.platform, &result, &text))
 }
 

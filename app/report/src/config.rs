@@ -43,18 +43,19 @@ pub fn merge(text: &str, command_line: Vec<String>) -> Result<Vec<String>, Confi
 }
 
 /// The keys that stand at the top.
-const TOP: [&str; 8] = [
+const TOP: [&str; 9] = [
     "image",
     "initrd",
     "append",
     "memory",
     "mmu-pages",
     "device",
+    "repeat",
     "timeout",
     "guest",
 ];
 /// The keys of a guest.
-const GUEST: [&str; 8] = [
+const GUEST: [&str; 9] = [
     "name",
     "image",
     "initrd",
@@ -62,6 +63,7 @@ const GUEST: [&str; 8] = [
     "memory",
     "mmu-pages",
     "device",
+    "repeat",
     "timeout",
 ];
 

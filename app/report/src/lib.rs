@@ -16,4 +16,4 @@ pub mod options;
 mod report;
 
 pub use exit_code::{ExitCode, Outcome, UnknownExitCode};
-pub use report::{Driver, Exhausted, MARKER, MmuCounters, Report, ReportError};
+pub use report::{Driver, Exhausted, HeapCounters, MARKER, MmuCounters, Report, ReportError};

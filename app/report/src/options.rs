@@ -25,6 +25,7 @@ Umbra runs guests, whose files the boot loader passes as modules or in one tar a
   --mmu-pages N      limit on its shadow pages (default: 1/50 of its pages, at least 64)
   --device NAME      a device that it has besides the usual ones: testdev, which kernels that test
                      themselves know as QEMU's pc-testdev (default: none)
+  --repeat N         start it again when it has ended, until it has run so often or failed (default: 1)
   --timeout SECONDS  stop it after so many seconds (default: 0, never)
   --help             print this text
 
@@ -42,6 +43,8 @@ pub const MAXIMUM_MEMORY: u64 = 512 << 30;
 pub const MINIMUM_MMU_PAGES: u64 = 64;
 /// The largest number of shadow pages.
 pub const MAXIMUM_MMU_PAGES: u64 = 1 << 30;
+/// The most runs of a guest.
+pub const MAXIMUM_REPEAT: u64 = 1_000_000;
 /// The longest time limit in seconds: one year.
 pub const MAXIMUM_TIMEOUT: u64 = 365 * 24 * 60 * 60;
 
@@ -64,6 +67,11 @@ pub struct Options {
 }
 
 impl Options {
+    /// How many runs there are, if none fails.
+    pub fn runs(&self) -> u64 {
+        self.guests.iter().map(|guest| guest.repeat).sum()
+    }
+
     /// The memory of all guests together, in bytes.
     pub fn memory(&self) -> u64 {
         self.guests.iter().map(|guest| guest.memory).sum()
@@ -87,7 +95,9 @@ pub struct GuestOptions {
     pub mmu_pages: Option<u64>,
     /// The device that it has besides the usual ones, if it has one.
     pub device: Option<Device>,
-    /// Its time limit, if it has one.
+    /// How often it shall run, one run after the other, while it succeeds.
+    pub repeat: u64,
+    /// The time limit of a run, if it has one.
     pub timeout: Option<Duration>,
 }
 
@@ -101,6 +111,7 @@ impl Default for GuestOptions {
             memory: DEFAULT_MEMORY,
             mmu_pages: None,
             device: None,
+            repeat: 1,
             timeout: None,
         }
     }
@@ -123,12 +134,13 @@ pub(crate) enum Name {
     Memory,
     MmuPages,
     Device,
+    Repeat,
     Timeout,
     Help,
 }
 
 impl Name {
-    pub(crate) const ALL: [Self; 9] = [
+    pub(crate) const ALL: [Self; 10] = [
         Self::Guest,
         Self::Image,
         Self::Initrd,
@@ -136,6 +148,7 @@ impl Name {
         Self::Memory,
         Self::MmuPages,
         Self::Device,
+        Self::Repeat,
         Self::Timeout,
         Self::Help,
     ];
@@ -149,6 +162,7 @@ impl Name {
             Self::Memory => "--memory",
             Self::MmuPages => "--mmu-pages",
             Self::Device => "--device",
+            Self::Repeat => "--repeat",
             Self::Timeout => "--timeout",
             Self::Help => "--help",
         }
@@ -164,6 +178,7 @@ impl Name {
             Self::Memory => "a size, as in --memory 256M",
             Self::MmuPages => "a number, as in --mmu-pages 1024",
             Self::Device => "a device, as in --device testdev",
+            Self::Repeat => "a number, as in --repeat 100",
             Self::Timeout => "seconds, as in --timeout 30",
             Self::Help => "no value",
         }
@@ -281,6 +296,11 @@ fn set(options: &mut GuestOptions, name: Name, value: &str) -> Result<(), Option
             "testdev" => options.device = Some(Device::TestDevice),
             _ => return Err(bad_value(name, value, "there is no such device")),
         },
+        Name::Repeat => {
+            let times = number(name, value)?;
+            check_range(name, value, times, 1, MAXIMUM_REPEAT)?;
+            options.repeat = times;
+        }
         Name::Timeout => {
             let seconds = number(name, value)?;
             check_range(name, value, seconds, 0, MAXIMUM_TIMEOUT)?;
@@ -662,6 +682,8 @@ mod tests {
     fn numbers_have_bounds() {
         assert!(error(&["--mmu-pages", "63"]).contains("from 64 to 1073741824"));
         assert!(error(&["--timeout", "31536001"]).contains("from 0 to 31536000"));
+        assert!(error(&["--repeat=0"]).contains("from 1 to 1000000"));
+        assert_eq!(run(&["--repeat=3"]).repeat, 3);
         assert!(error(&["--timeout", "1s"]).contains("not a whole number"));
         assert!(error(&["--guest="]).contains("empty"));
         assert!(error(&["--device", "disk"]).contains("no such device"));
@@ -725,7 +747,7 @@ mod tests {
             arguments in prop::collection::vec(
                 prop_oneof![
                     "(?s).*",
-                    "--(guest|image|initrd|append|memory|mmu-pages|device|timeout|help)(=(?s).*)?",
+                    "--(guest|image|initrd|append|memory|mmu-pages|device|repeat|timeout|help)(=(?s).*)?",
                     "[0-9]{1,22}[KMG]?",
                 ],
                 0..6,

@@ -1,5 +1,6 @@
 //! The report of one guest: a documented schema, written as one line and read back.
 
+use alloc::borrow::Cow;
 use alloc::collections::BTreeMap;
 use alloc::format;
 use alloc::string::{String, ToString};
@@ -38,12 +39,18 @@ pub struct Report {
     /// The same time in nanoseconds, where the counter's frequency is known.
     pub nanoseconds: Option<u64>,
     /// Number of exits by reason (`cpuid`, `io`, `page_fault`, …).
-    pub exits: BTreeMap<String, u64>,
+    pub exits: BTreeMap<Cow<'static, str>, u64>,
     /// The shadow MMU's counters, flattened into the report's own object.
     #[serde(flatten)]
     pub mmu: MmuCounters,
     /// What was missing, if no MMU page was available.
     pub exhausted: Option<Exhausted>,
+    /// Which of the guest's runs this was, from 1.
+    #[serde(default = "first_run")]
+    pub run: u64,
+    /// The image's heap when all that the guest held was given back, flattened as well.
+    #[serde(flatten)]
+    pub heap: HeapCounters,
     /// Accesses to ports that no device answers.
     pub unknown_ports: u64,
     /// Accesses to MSRs that the guest's processor does not have.
@@ -93,6 +100,30 @@ pub struct MmuCounters {
     pub mmu_pages_limit: u64,
 }
 
+const fn first_run() -> u64 {
+    1
+}
+
+/// The image's heap, from which shadow pages, guests' memory and the kernel's own allocations come.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
+#[serde(default)]
+pub struct HeapCounters {
+    /// Bytes that are free.
+    pub heap_free: u64,
+    /// Bytes that are allocated, as they were asked for. The rest is lost between allocations.
+    pub heap_allocated: u64,
+    /// Allocations that were not freed yet.
+    pub heap_allocations: u64,
+    /// The fewest bytes that ever were free.
+    pub heap_low_water: u64,
+    /// A request that would leave fewer bytes free calls the low-memory callback ahead of time.
+    pub heap_watermark: u64,
+    /// Calls of the low-memory callback.
+    pub heap_low_memory_calls: u64,
+    /// MMUs that the low-memory callback passed over because they were locked.
+    pub shrink_skipped: u64,
+}
+
 /// Why no MMU page was available, in pages.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Exhausted {
@@ -123,6 +154,8 @@ impl Report {
             exits: BTreeMap::new(),
             mmu: MmuCounters::default(),
             exhausted: None,
+            run: 1,
+            heap: HeapCounters::default(),
             unknown_ports: 0,
             unknown_msrs: 0,
         }
@@ -207,7 +240,7 @@ mod tests {
         report.driver = Some(Driver::Svm);
         report.tsc_ticks = u64::MAX;
         report.nanoseconds = Some(12);
-        report.exits = BTreeMap::from([("cpuid".to_string(), 2), ("io".to_string(), 1)]);
+        report.exits = BTreeMap::from([("cpuid".into(), 2), ("io".into(), 1)]);
         report.mmu.mmu_pages_limit = 64;
         report.exhausted = Some(Exhausted {
             needed: 4,
@@ -250,12 +283,20 @@ mod tests {
             "mmu_pages_used",
             "mmu_pages_limit",
             "exhausted",
+            "run",
+            "heap_free",
+            "heap_allocated",
+            "heap_allocations",
+            "heap_low_water",
+            "heap_watermark",
+            "heap_low_memory_calls",
+            "shrink_skipped",
             "unknown_ports",
             "unknown_msrs",
         ] {
             assert!(object.get(key).is_some(), "{key} is missing in {json}");
         }
-        assert_eq!(object.as_object().unwrap().len(), 28);
+        assert_eq!(object.as_object().unwrap().len(), 36);
         assert_eq!(object["outcome"], "no-mmu-pages");
         assert_eq!(object["exit_code"], 4);
         assert_eq!(object["driver"], "svm");
