@@ -827,6 +827,27 @@ fn another_processors_change_during_the_flush_is_seen() {
 }
 
 #[test]
+fn a_table_that_lost_its_link_during_the_flush_is_an_orphan() {
+    let mut guest = Guest::new();
+    let root = guest.table();
+    guest.map(root, 0, 100 << 12 | TABLE | D);
+    guest.map(root, 5 << 21, 101 << 12 | TABLE | D);
+    let table = guest.leaf_table(root, 0);
+    guest.map(root, 1 << 30, table << 12 | TABLE | D);
+    guest.load(0, long_mode(root));
+    assert_eq!(guest.page(write(1 << 30)), table);
+    // While the table is shadowed, the directory's entry comes to lead to another one.
+    let directory = guest.get(guest.get(root, 0) >> 12, 0) >> 12;
+    let (other, host) = (guest.get(directory, 5), guest.host.clone());
+    *guest.host.0.during_flush.lock().unwrap() = Some(Box::new(move || {
+        host.word(directory, 0).store(other, Ordering::Relaxed);
+    }));
+    assert_eq!(guest.page(read(0)), 101);
+    *guest.host.0.during_flush.lock().unwrap() = None;
+    guest.mmu.audit().unwrap();
+}
+
+#[test]
 fn written_pages_are_logged_once_until_they_are_taken() {
     let mut guest = Guest::new();
     let id = SlotId(5);
