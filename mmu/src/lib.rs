@@ -25,6 +25,24 @@
 //! flushes (see the `sync` module). Every table may become unsync, at every level, so no instruction has to be
 //! emulated for a write to a table, and a table that maps itself needs no exception.
 //!
+//! # The common fault
+//!
+//! Most often only the last entry is missing. Links between synced pages say what the guest's upper
+//! tables say, and a page's role holds the rights that they leave, so such a fault reads one guest
+//! entry, no table above it, and needs no memory (see the `fast` module). Whatever is not the plain
+//! success is left to the walk of all levels, which finds the exact error code. Around the entry, empty
+//! neighbours whose guest entries have their accessed bits set are filled as well
+//! ([`MmuConfig::prefetch`]).
+//!
+//! # Victims
+//!
+//! When pages run out, those go first that nothing leads to, then previous roots, then leaves that
+//! have not been used, and upper tables last. What was used is told by the accessed bits of the links
+//! to a page: the reclaimer's hand goes round the active list, a page found used gets warmer, one
+//! found unused gets cooler and goes when it is cold. A new page is met once by the next reclaim,
+//! which clears its bit, so that a page that was only used when it was made goes before one that is
+//! used again and again.
+//!
 //! # Locking
 //!
 //! One spin lock a VM protects all structures. Memory that an operation may need is allocated before

@@ -1,8 +1,9 @@
 //! Giving shadow pages back: to this VM when it is at its limit, to the host when memory runs low.
 //!
-//! Both prepare victims into one batch, oldest first, and commit once. Pages that are roots in use
-//! are passed over and never end the search. The hand is a position in the active list that the
-//! list itself keeps valid, so zapping a page together with its orphans never forces a restart.
+//! Both prepare victims into one batch, the coldest or the oldest first, and commit once. Pages that
+//! are roots in use are passed over and never end the search. The hand is a position in the active
+//! list that the list itself keeps valid, so zapping a page together with its orphans never forces a
+//! restart.
 
 use crate::config::{MINIMUM_FREE_PAGES, MINIMUM_PAGES, REFILL_PAGES, VictimPolicy};
 use crate::error::NoPageAvailable;
