@@ -428,17 +428,14 @@ pub fn divide(
     }
 }
 
-/// BSF, BSR, TZCNT, LZCNT and POPCNT.
+/// BSF, BSR and POPCNT. A processor without TZCNT and LZCNT takes them for BSF and BSR, so they are
+/// left out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BitCount {
     /// BSF.
     ScanForward,
     /// BSR.
     ScanReverse,
-    /// TZCNT.
-    TrailingZeros,
-    /// LZCNT.
-    LeadingZeros,
     /// POPCNT.
     Ones,
 }
@@ -458,18 +455,6 @@ impl BitCount {
                 (source != 0).then(|| u64::from(size.bits()) - 1 - leading),
                 FlagChange::only(zero, source == 0),
             ),
-            Self::TrailingZeros | Self::LeadingZeros => {
-                let result = if self == Self::TrailingZeros {
-                    trailing
-                } else {
-                    leading
-                };
-                let flags = when(zero, result == 0) | when(RFlags::CARRY_FLAG, source == 0);
-                (
-                    Some(result),
-                    FlagChange::new(zero | RFlags::CARRY_FLAG, flags),
-                )
-            }
             Self::Ones => (
                 Some(source.count_ones().into()),
                 FlagChange::new(STATUS, when(zero, source == 0)),

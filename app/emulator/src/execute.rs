@@ -70,8 +70,6 @@ pub fn execute<E: Environment>(
         M::Btc => bit_test(env, instruction, BitTest::Complement)?,
         M::Bsf => bit_count(env, instruction, BitCount::ScanForward)?,
         M::Bsr => bit_count(env, instruction, BitCount::ScanReverse)?,
-        M::Tzcnt => bit_count(env, instruction, BitCount::TrailingZeros)?,
-        M::Lzcnt => bit_count(env, instruction, BitCount::LeadingZeros)?,
         M::Popcnt => bit_count(env, instruction, BitCount::Ones)?,
         M::Xchg => exchange(env, instruction)?,
         M::Xadd => exchange_and_add(env, instruction)?,

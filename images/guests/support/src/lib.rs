@@ -27,6 +27,7 @@ pub mod hello;
 #[cfg(target_arch = "x86_64")]
 pub mod interrupts;
 pub mod memory;
+pub mod mmio;
 pub mod paging;
 #[cfg(target_arch = "x86_64")]
 pub mod registers;

@@ -98,6 +98,18 @@ pub struct Frame {
     pub flags: usize,
 }
 
+impl Frame {
+    /// The first four registers in the order of their encoding.
+    pub(crate) const fn first_four(&self) -> [usize; 4] {
+        [self.ax, self.cx, self.dx, self.bx]
+    }
+
+    /// (E)SI and (E)DI.
+    pub(crate) const fn index_registers(&self) -> [usize; 2] {
+        [self.si, self.di]
+    }
+}
+
 /// What a hook decided.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Disposition {
