@@ -146,6 +146,10 @@ fn prepare(
         None => {}
     }
     describe_machine(machine.fw_cfg_mut(), options, &memory_map);
+    machine.fw_cfg_mut().set_kernel(files.image);
+    if let Some(initrd) = files.initrd {
+        machine.fw_cfg_mut().set_initrd(initrd);
+    }
     let guest_pages = (options.memory / PAGE_SIZE) as usize;
     let config = MmuConfig {
         features: control::mmu_features(cpuid.features()),

@@ -3,6 +3,7 @@
 //! A 16-bit write to the selector port chooses an item; each read of the data port gives its next
 //! byte, and zeros past its end. There is no DMA interface, and item 1 says so.
 
+use alloc::borrow::Cow;
 use alloc::collections::BTreeMap;
 use alloc::vec::Vec;
 
@@ -57,7 +58,7 @@ pub struct E820Entry {
 /// The items of the configuration device.
 #[derive(Clone, Debug)]
 pub struct FwCfg {
-    items: BTreeMap<u16, Vec<u8>>,
+    items: BTreeMap<u16, Cow<'static, [u8]>>,
     files: Vec<(&'static str, u16)>,
     selected: u16,
     position: usize,
@@ -81,7 +82,24 @@ impl Default for FwCfg {
 impl FwCfg {
     /// Gives the item `key` these bytes. Numbers are little-endian.
     pub fn set(&mut self, key: u16, bytes: &[u8]) {
-        self.items.insert(key, bytes.to_vec());
+        self.items.insert(key, Cow::Owned(bytes.to_vec()));
+    }
+
+    /// Gives the kernel's image.
+    pub fn set_kernel(&mut self, image: &'static [u8]) {
+        self.set_data(key::KERNEL_SIZE, key::KERNEL_DATA, image);
+    }
+
+    /// Gives the initial RAM disk or first module.
+    pub fn set_initrd(&mut self, image: &'static [u8]) {
+        self.set_data(key::INITRD_SIZE, key::INITRD_DATA, image);
+    }
+
+    /// Gives bytes that are not copied, and their size.
+    fn set_data(&mut self, size_key: u16, data_key: u16, bytes: &'static [u8]) {
+        let size = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
+        self.set(size_key, &size.to_le_bytes());
+        self.items.insert(data_key, Cow::Borrowed(bytes));
     }
 
     /// Says how much RAM there is, in bytes.
@@ -148,7 +166,7 @@ impl FwCfg {
     fn write_directory(&mut self) {
         let mut directory = (self.files.len() as u32).to_be_bytes().to_vec();
         for (name, key) in &self.files {
-            let size = self.items.get(key).map_or(0, Vec::len);
+            let size = self.items.get(key).map_or(0, |item| item.len());
             let size = u32::try_from(size).unwrap_or(u32::MAX);
             let mut padded = [0; NAME_LENGTH];
             let length = name.len().min(NAME_LENGTH - 1);
@@ -158,7 +176,8 @@ impl FwCfg {
             directory.extend_from_slice(&[0; 2]);
             directory.extend_from_slice(&padded);
         }
-        self.items.insert(key::FILE_DIRECTORY, directory);
+        self.items
+            .insert(key::FILE_DIRECTORY, Cow::Owned(directory));
     }
 }
 
@@ -203,6 +222,18 @@ mod tests {
                 0, 0, 0x10, 0, 0, 0, 0, 0, 0, 0, 0x70, 0, 0, 0, 0, 0, 1, 0, 0, 0
             ]
         );
+    }
+
+    #[test]
+    fn the_kernel_and_its_disk_are_there_with_their_sizes() {
+        let mut device = FwCfg::default();
+        assert_eq!(read(&mut device, key::KERNEL_SIZE, 4), [0; 4]);
+        device.set_kernel(b"kernel");
+        device.set_initrd(b"disk");
+        assert_eq!(read(&mut device, key::KERNEL_SIZE, 4), [6, 0, 0, 0]);
+        assert_eq!(read(&mut device, key::KERNEL_DATA, 7), b"kernel\0");
+        assert_eq!(read(&mut device, key::INITRD_SIZE, 4), [4, 0, 0, 0]);
+        assert_eq!(read(&mut device, key::INITRD_DATA, 4), b"disk");
     }
 
     #[test]

@@ -149,6 +149,7 @@ fn counters(checks: &mut Checks, seconds: u64) -> Rates {
     let pm_first = Reading::take(pm_timer);
     let local_first = Reading::take(local_apic);
     let mut last = (rdtsc(), pm_timer(), local_apic());
+    println!("watching for {seconds} seconds");
     let mut monotonic = 0_u64;
     let mut half = None;
     let mut end = (0, 0);
