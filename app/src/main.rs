@@ -77,7 +77,7 @@ fn read_options() -> Result<(Request, BootFiles), Report> {
     let mut arguments: Vec<String> = platform::arguments();
     if let Some(text) = files.configuration().map_err(bad_option)? {
         arguments =
-            config::merge(text, arguments).map_err(|error| bad_option(error.to_string()))?;
+            config::merge(text, &arguments).map_err(|error| bad_option(error.to_string()))?;
     }
     let request = options::parse(arguments.iter().map(String::as_str))
         .map_err(|error| bad_option(error.to_string()))?;

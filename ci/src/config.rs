@@ -32,7 +32,7 @@ impl Config {
             fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
         let place = path.display();
         let refuse = |error: String| BadInput(format!("{place}: {error}"));
-        let arguments = config::merge(&text, Vec::new()).map_err(|e| refuse(e.to_string()))?;
+        let arguments = config::merge(&text, &[]).map_err(|e| refuse(e.to_string()))?;
         let request = options::parse(arguments.iter().map(String::as_str))
             .map_err(|error| refuse(error.to_string()))?;
         let Request::Run(options) = request else {

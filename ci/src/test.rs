@@ -308,9 +308,9 @@ impl Images {
         }
         Ok(Self {
             guests,
+            configs,
             umbra,
             low_memory_callback,
-            configs,
         })
     }
 

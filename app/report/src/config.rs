@@ -19,9 +19,9 @@ use crate::options::{Name, edit_distance};
 /// # Errors
 /// The first mistake in the file, as [`ConfigError`]. Values are checked by
 /// [`crate::options::parse`].
-pub fn merge(text: &str, command_line: Vec<String>) -> Result<Vec<String>, ConfigError> {
-    let mut merged = command_line.clone();
-    if names(&command_line, "--guest") {
+pub fn merge(text: &str, command_line: &[String]) -> Result<Vec<String>, ConfigError> {
+    let mut merged = command_line.to_vec();
+    if names(command_line, "--guest") {
         return Ok(merged);
     }
     let file: Table = text.parse().map_err(|error| ConfigError::syntax(&error))?;
@@ -34,7 +34,7 @@ pub fn merge(text: &str, command_line: Vec<String>) -> Result<Vec<String>, Confi
             continue;
         }
         let option = option(key, &TOP)?;
-        if !names(&command_line, option.text()) {
+        if !names(command_line, option.text()) {
             merged.push(argument(option, key, value)?);
         }
     }
@@ -193,8 +193,8 @@ mod tests {
     use proptest::prelude::*;
 
     fn merged(text: &str, command_line: &[&str]) -> Vec<String> {
-        let command_line = command_line.iter().map(ToString::to_string).collect();
-        merge(text, command_line).unwrap()
+        let command_line: Vec<_> = command_line.iter().map(ToString::to_string).collect();
+        merge(text, &command_line).unwrap()
     }
 
     #[test]
@@ -233,7 +233,7 @@ mod tests {
 
     #[test]
     fn mistakes_are_named() {
-        let error = |text: &str| merge(text, Vec::new()).unwrap_err().to_string();
+        let error = |text: &str| merge(text, &[]).unwrap_err().to_string();
         assert_eq!(
             error("memmory = \"1M\""),
             "umbra.toml: unknown key \"memmory\": did you mean \"memory\"?"
@@ -254,7 +254,7 @@ mod tests {
     proptest! {
         #[test]
         fn every_mistake_is_one_line(text in "(?s).*") {
-            if let Err(error) = merge(&text, Vec::new()) {
+            if let Err(error) = merge(&text, &[]) {
                 prop_assert!(!error.to_string().contains(['\n', '\r']));
             }
         }
