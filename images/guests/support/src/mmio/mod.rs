@@ -121,6 +121,14 @@ pub fn run(boot: &BootInfo, checks: &mut Checks, space: Space) {
     suite.single_steps();
 }
 
+/// Loads a floating-point number from the device, which Umbra does not emulate. Paging must be on with
+/// `space`.
+pub fn load_float(space: Space) {
+    space.map(DEVICE_ALIAS, 1, DEVICE, bits::P | bits::W);
+    // SAFETY: the load changes only the x87 stack, which nothing uses.
+    unsafe { core::arch::asm!("fld dword ptr [{}]", in(reg) DEVICE_ALIAS.0) };
+}
+
 /// (E)CX before each form.
 const COUNT: usize = 5;
 
