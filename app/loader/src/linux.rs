@@ -245,8 +245,10 @@ impl<'a> BzImage<'a> {
         };
         let system_start = (setup_sectors + 1) * SECTOR_SIZE;
         let system_end = system_start + word(field::SYSTEM_SIZE) as usize * PARAGRAPH;
+        // The header counts whole paragraphs; a file may end in the middle of its last one.
         let system = file
-            .get(system_start..system_end)
+            .get(system_start..system_end.min(file.len()))
+            .filter(|system| system_start + system.len() + PARAGRAPH > system_end)
             .ok_or(truncated(system_end))?;
         let init_size = u64::from(word(field::INIT_SIZE));
         if init_size < system.len() as u64 {
