@@ -14,6 +14,7 @@ use crate::command::{Step, clean};
 use crate::guest::{self, Guest, Source};
 use crate::kernel;
 use crate::linux;
+use crate::memtest;
 use crate::project::{Project, write_if_changed};
 use crate::setup;
 use crate::toolchain::Toolchain;
@@ -100,6 +101,7 @@ impl<'a> Builder<'a> {
                 (linux.kernel, Some(linux.initrd))
             }
             Source::Hermit => (self.hermit_guest()?, None),
+            Source::Memtest => (memtest::set_up(self.project)?, None),
             Source::File(path) => (path.clone(), None),
         };
         Ok(GuestFiles { image, initrd })

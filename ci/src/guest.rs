@@ -9,6 +9,7 @@ use serde::Deserialize;
 use crate::input::BadInput;
 use crate::keys;
 use crate::linux;
+use crate::memtest;
 use crate::project::Project;
 
 /// One of our own guests, as `images/guests/guests.toml` lists it.
@@ -67,6 +68,8 @@ pub enum Source {
     Linux,
     /// A Hermit application.
     Hermit,
+    /// Debian's memory tester.
+    Memtest,
     /// It is this file.
     File(PathBuf),
 }
@@ -75,6 +78,8 @@ pub enum Source {
 const LINUX: &str = "linux";
 /// The name of [`Source::Hermit`].
 const HERMIT: &str = "hermit";
+/// The name of [`Source::Memtest`].
+const MEMTEST: &str = "memtest86";
 
 impl Source {
     /// Finds a guest by what the user calls it.
@@ -91,13 +96,16 @@ impl Source {
         if name == HERMIT {
             return Ok(Self::Hermit);
         }
+        if name == MEMTEST {
+            return Ok(Self::Memtest);
+        }
         if Path::new(name).is_file() {
             return Ok(Self::File(PathBuf::from(name)));
         }
         let names = own
             .iter()
             .map(|guest| guest.name.as_str())
-            .chain([LINUX, HERMIT]);
+            .chain([LINUX, HERMIT, MEMTEST]);
         let hint = keys::suggestion(name, names);
         let reason = "neither a file nor one of Umbra's own guests";
         Err(BadInput(format!("guest {name}: {reason}; {hint}")).into())
@@ -107,6 +115,7 @@ impl Source {
     pub fn command_line(&self, append: Option<&str>) -> Option<String> {
         let own = match self {
             Self::Linux => Some(linux::COMMAND_LINE),
+            Self::Memtest => Some(memtest::COMMAND_LINE),
             Self::Own(_) | Self::Hermit | Self::File(_) => None,
         };
         match (own, append) {
@@ -120,7 +129,7 @@ impl Source {
     pub fn device(&self) -> Option<&str> {
         match self {
             Self::Own(guest) => guest.device.as_deref(),
-            Self::Linux | Self::Hermit | Self::File(_) => None,
+            Self::Linux | Self::Hermit | Self::Memtest | Self::File(_) => None,
         }
     }
 
@@ -128,7 +137,7 @@ impl Source {
     pub fn memory(&self) -> Option<&'static str> {
         match self {
             Self::Linux => Some(linux::MEMORY),
-            Self::Own(_) | Self::Hermit | Self::File(_) => None,
+            Self::Own(_) | Self::Hermit | Self::Memtest | Self::File(_) => None,
         }
     }
 }
@@ -151,6 +160,7 @@ mod tests {
         let find = |typed| Source::find(&guests, typed);
         assert!(matches!(find("hello"), Ok(Source::Own(guest)) if guest.name == "hello"));
         assert!(matches!(find("linux"), Ok(Source::Linux)));
+        assert!(matches!(find("memtest86"), Ok(Source::Memtest)));
         let file = concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml");
         assert!(matches!(find(file), Ok(Source::File(found)) if found == Path::new(file)));
         for (typed, meant) in [("helo", "hello"), ("linus", "linux")] {

@@ -56,6 +56,16 @@ fn patched(offset: usize, bytes: &[u8]) -> Vec<u8> {
     image
 }
 
+#[test]
+fn a_file_may_end_within_its_last_paragraph() {
+    let image = bz_image();
+    for missing in 0..16 {
+        good(&image[..image.len() - missing]);
+    }
+    let error = refusal(&image[..image.len() - 16], MEMORY, "", &[]);
+    assert!(error.contains("the file has only"), "{error}");
+}
+
 fn check_parameters(ram: &Ram, at: u64, start: u64) {
     let image = bz_image();
     assert_eq!(at % 4096, 0);
