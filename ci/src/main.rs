@@ -3,9 +3,11 @@
 #![deny(unsafe_code)]
 
 mod archive;
+mod bench;
 mod build;
 mod command;
 mod config;
+mod coverage;
 mod debian;
 mod disk;
 mod doctor;
@@ -54,6 +56,10 @@ enum Verb {
     Run(run::Options),
     /// Run the host tests, then every scenario
     Test(test::Options),
+    /// Measure what the parts that matter cost, in instructions
+    Bench(bench::Options),
+    /// Measure which lines of the MMU its tests reach
+    Coverage(coverage::Options),
     /// Make the image as a file
     Image(image::Options),
     /// Say what this host can run, and why not
@@ -76,6 +82,8 @@ fn execute(cli: &Cli) -> Result<u8> {
     match &cli.verb {
         Verb::Run(options) => run::run(&project, options),
         Verb::Test(options) => test::test(&project, options),
+        Verb::Bench(options) => bench::bench(&project, options).map(|()| 0),
+        Verb::Coverage(options) => coverage::coverage(&project, options),
         Verb::Image(options) => image::image(&project, options).map(|()| 0),
         Verb::Doctor => doctor::doctor(&project).map(|()| 0),
     }

@@ -13,7 +13,7 @@ use crate::config::Config;
 use crate::disk;
 use crate::guest::{self, Source};
 use crate::input::BadInput;
-use crate::platform::{Boot, Console, Platform, Show};
+use crate::platform::{Boot, Clock, Console, Platform, Show};
 use crate::project::Project;
 use crate::report;
 use crate::setup;
@@ -116,6 +116,7 @@ pub fn run(project: &Project, options: &Options) -> Result<u8> {
         arguments: &arguments,
         archive: archive.as_deref(),
         memory_mib,
+        clock: Clock::Time,
         input: Input::User,
         limit: None,
         disk: disk::Format::Raw,

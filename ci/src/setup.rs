@@ -61,6 +61,15 @@ pub fn for_qemu() -> Vec<Need> {
     )]
 }
 
+/// What counting the MMU's instructions needs.
+pub fn for_benchmarks() -> Vec<Need> {
+    vec![Need::new(
+        "valgrind",
+        "valgrind",
+        "counts instructions on the host",
+    )]
+}
+
 /// What an ISO image needs.
 pub fn for_iso() -> Vec<Need> {
     vec![

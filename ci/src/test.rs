@@ -19,7 +19,7 @@ use crate::command::Step;
 use crate::config::Config;
 use crate::input::BadInput;
 use crate::keys;
-use crate::platform::{Boot, Console, Platform, Show};
+use crate::platform::{Boot, Clock, Console, Platform, Show};
 use crate::project::Project;
 use crate::report;
 use crate::run::{archive_memory_mib, host_memory_mib, machine_memory_mib};
@@ -397,6 +397,7 @@ fn boot(project: &Project, images: &Images, job: &Job, console: &Console) -> Res
         arguments: &scenario.umbra_arguments(),
         archive: archive.as_ref().map(|(path, _)| path.as_path()),
         memory_mib,
+        clock: Clock::Time,
         input: scenario.input(),
         limit: Some(scenario.limit()),
         disk: scenario.disk,

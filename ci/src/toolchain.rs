@@ -98,7 +98,8 @@ pub struct Version {
 }
 
 impl Version {
-    fn of(rustc: &Path) -> Option<Self> {
+    /// Asks `rustc`; `None` if it does not run.
+    pub fn of(rustc: &Path) -> Option<Self> {
         Self::parse(&answer(clean(rustc).arg("-vV"))?)
     }
 

@@ -93,6 +93,8 @@ pub struct Boot<'a> {
     pub archive: Option<&'a Path>,
     /// The emulated machine's memory in MiB: the guest's, and what Umbra and Hermit need.
     pub memory_mib: u64,
+    /// What the machine's clock follows.
+    pub clock: Clock,
     /// What is typed at the console.
     pub input: Input<'a>,
     /// When to give up.
@@ -101,6 +103,15 @@ pub struct Boot<'a> {
     pub disk: disk::Format,
     /// A directory for this boot's files.
     pub work: &'a Path,
+}
+
+/// What an emulated machine's clock follows. Bochs's always counts instructions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Clock {
+    /// The time that passes.
+    Time,
+    /// The instructions that are executed, one a nanosecond.
+    Instructions,
 }
 
 /// How a boot ended.

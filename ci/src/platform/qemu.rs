@@ -9,7 +9,7 @@ use std::thread;
 
 use anyhow::{Context, Result};
 
-use super::{Boot, Console, Ending};
+use super::{Boot, Clock, Console, Ending};
 use crate::command::clean;
 use crate::grub::Content;
 use crate::project::Project;
@@ -118,6 +118,12 @@ fn machine(boot: &Boot<'_>) -> Command {
     ]);
     command.arg("-m").arg(format!("{}M", boot.memory_mib));
     command.args(["-display", "none", "-serial", "stdio"]);
+    match boot.clock {
+        Clock::Time => {}
+        Clock::Instructions => {
+            command.args(["-icount", "shift=0"]);
+        }
+    }
     command
 }
 

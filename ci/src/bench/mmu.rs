@@ -1,0 +1,216 @@
+//! The shadow MMU's costs: the program `mmu/examples/cost.rs`, which does one thing many times, under
+//! callgrind, and what it says about faults by itself.
+
+use std::env;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result};
+
+use super::Measurement;
+use crate::command::{Step, clean};
+use crate::project::Project;
+use crate::setup;
+
+const INSTRUCTIONS: &str = "instructions";
+
+/// Pages held, and pages that go in one batch.
+const ZAPS: [(u32, u32); 6] = [
+    (1_000, 16),
+    (10_000, 16),
+    (100_000, 16),
+    (10_000, 256),
+    (100_000, 256),
+    (100_000, 4096),
+];
+const FILLS: u32 = 10_000;
+const FILL_TARGET: f64 = 600.0;
+const PATHS: u32 = 250;
+const PATH_TARGET: f64 = 2_500.0;
+/// What share of FIFO's faults CLOCK may take, in percent.
+const CLOCK_TARGET: f64 = 35.0;
+
+pub(super) fn measure(project: &Project) -> Result<Vec<Measurement>> {
+    setup::install(&setup::for_benchmarks())?;
+    let program = build(project)?;
+    let mut measured = Vec::new();
+    let fill = count(&program, &["fill", &FILLS.to_string()])?;
+    let path = count(&program, &["build", &PATHS.to_string()])?;
+    let costs = [
+        ("fill one 4 KiB mapping", fill, FILLS, FILL_TARGET),
+        (
+            "fill one with three tables to make",
+            path,
+            PATHS,
+            PATH_TARGET,
+        ),
+    ];
+    for (name, counted, times, target) in costs {
+        measured.push(Measurement {
+            table: "shadow MMU, callgrind".to_owned(),
+            name: name.to_owned(),
+            value: counted.instructions / f64::from(times),
+            unit: INSTRUCTIONS,
+            target: Some(target),
+        });
+    }
+    for (pages, batch) in ZAPS {
+        measured.extend(zap(&program, pages, batch)?);
+    }
+    for kind in ["hot", "scan"] {
+        for pages in ["64", "128"] {
+            measured.extend(trace(&program, kind, pages)?);
+        }
+    }
+    Ok(measured)
+}
+
+fn build(project: &Project) -> Result<PathBuf> {
+    let cargo = env::var_os("CARGO").unwrap_or_else(|| OsString::from("cargo"));
+    let mut command = Command::new(cargo);
+    command
+        .current_dir(project.root())
+        .args(["build", "--release", "--package", "umbra-mmu"])
+        .args(["--example", "cost", "--target-dir"])
+        .arg(project.target("bench")?);
+    Step::new("building the MMU's benchmark").run(&mut command)?;
+    Ok(project.target("bench")?.join("release/examples/cost"))
+}
+
+/// What callgrind counted inside of the program's `measured`, and what the program printed.
+struct Counted {
+    instructions: f64,
+    output: String,
+}
+
+fn count(program: &Path, arguments: &[&str]) -> Result<Counted> {
+    let mut command = clean("valgrind");
+    command
+        .args(["--tool=callgrind", "--callgrind-out-file=/dev/null"])
+        .arg("--toggle-collect=cost::measured*")
+        .arg(program)
+        .args(arguments);
+    let what = format!("counting {}", arguments.join(" "));
+    let finished = Step::new(&what).finish(&mut command)?;
+    let instructions = finished
+        .status
+        .filter(std::process::ExitStatus::success)
+        .and_then(|_| finished.lines().find_map(collected))
+        .with_context(|| format!("{what}: callgrind has no count\n{}", finished.tail()))?;
+    Ok(Counted {
+        instructions,
+        output: finished.output(),
+    })
+}
+
+/// The number in callgrind's line `==PID== Collected : N`.
+fn collected(line: &str) -> Option<f64> {
+    let number = line.split_once("Collected :")?.1.trim();
+    number.parse().ok().filter(|count| *count > 0.0)
+}
+
+fn zap(program: &Path, pages: u32, batch: u32) -> Result<[Measurement; 3]> {
+    let counted = count(program, &["zap", &pages.to_string(), &batch.to_string()])?;
+    let zapped = Zapped::parse(&counted.output)
+        .with_context(|| format!("the benchmark printed `{}`", counted.output))?;
+    let measurement = |name: &str, value: f64, unit, target| Measurement {
+        table: "batch zaps, callgrind".to_owned(),
+        name: format!("{name}, {pages} held, batches of {batch}"),
+        value,
+        unit,
+        target,
+    };
+    let per_page = counted.instructions / zapped.pages;
+    let flushes = zapped.flushes / zapped.batches;
+    Ok([
+        measurement("a page", per_page, INSTRUCTIONS, None),
+        measurement("a batch", flushes, "flushes", Some(1.0)),
+        measurement("in all", zapped.allocations, "allocations", Some(0.0)),
+    ])
+}
+
+/// What the program says of its zaps.
+#[derive(Debug, PartialEq)]
+struct Zapped {
+    pages: f64,
+    batches: f64,
+    flushes: f64,
+    allocations: f64,
+}
+
+impl Zapped {
+    /// Reads "90 of 100 pages zapped in 9 batches, 9 flushes, 0 allocations".
+    fn parse(output: &str) -> Option<Self> {
+        let line = output
+            .lines()
+            .find(|line| line.contains(" pages zapped "))?;
+        Some(Self {
+            pages: number_before(line, "of")?,
+            batches: number_before(line, "batches,")?,
+            flushes: number_before(line, "flushes,")?,
+            allocations: number_before(line, "allocations")?,
+        })
+    }
+}
+
+/// The number that stands before a word.
+fn number_before(line: &str, word: &str) -> Option<f64> {
+    let words: Vec<_> = line.split_whitespace().collect();
+    let at = words.iter().position(|found| *found == word)?;
+    words[at.checked_sub(1)?].parse().ok()
+}
+
+/// Faults of a guest with fewer pages than it needs, by both policies.
+fn trace(program: &Path, kind: &str, pages: &str) -> Result<[Measurement; 3]> {
+    let faults = |policy: &str| -> Result<f64> {
+        let mut command = clean(program);
+        // Always the same page of a region, and no prefetch: each fault is a table that was missing.
+        command.args(["trace", kind, pages, policy, "one", "1"]);
+        let output = Step::new("counting a trace's faults").run(&mut command)?;
+        number_before(&output, "faults")
+            .with_context(|| format!("the benchmark printed `{output}`"))
+    };
+    let (fifo, clock) = (faults("fifo")?, faults("clock")?);
+    let measurement = |name: &str, value, unit, target| Measurement {
+        table: "victims, 100,000 reads".to_owned(),
+        name: format!("{kind} trace, {pages} pages, {name}"),
+        value,
+        unit,
+        target,
+    };
+    let share = clock * 100.0 / fifo.max(1.0);
+    Ok([
+        measurement("FIFO", fifo, "faults", None),
+        measurement("CLOCK", clock, "faults", None),
+        measurement("CLOCK of FIFO", share, "%", Some(CLOCK_TARGET)),
+    ])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn callgrind_s_count_is_read() {
+        assert_eq!(collected("==7== Collected : 5512"), Some(5512.0));
+        assert_eq!(collected("==7== Collected : 0"), None);
+        assert_eq!(collected("==7== Events    : Ir"), None);
+    }
+
+    #[test]
+    fn the_program_s_words_are_read() {
+        let output = "90 of 101 pages zapped in 9 batches, 8 flushes, 0 allocations";
+        let zapped = Zapped {
+            pages: 90.0,
+            batches: 9.0,
+            flushes: 8.0,
+            allocations: 0.0,
+        };
+        assert_eq!(Zapped::parse(output), Some(zapped));
+        assert_eq!(Zapped::parse("all zapped"), None);
+        let trace =
+            "hot trace, one page, 64 pages, prefetch 1, Clock: 42 faults in 100 reads, 3 in hot";
+        assert_eq!(number_before(trace, "faults"), Some(42.0));
+    }
+}
