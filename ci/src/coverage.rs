@@ -28,6 +28,9 @@ pub struct Options {
     /// Fail if less than this share of the lines is reached, in percent
     #[arg(long, value_name = "PERCENT", default_value_t = 95)]
     minimum: u8,
+    /// Only say so where no LLVM tools of the compiler's version can be had
+    #[arg(long)]
+    if_possible: bool,
     /// Also list each line that no test reaches
     #[arg(long)]
     missing: bool,
@@ -36,8 +39,8 @@ pub struct Options {
 /// The package that is measured, and its sources.
 const PACKAGE: &str = "umbra-mmu";
 const SOURCES: &str = "mmu/src";
-/// Steps of the random machines: more reach hardly any other line.
-const STEPS: &str = "40000";
+/// Steps of the random machines: the counters make each slow, and more reach hardly any other line.
+const STEPS: &str = "8000";
 const RUSTUP_LIMIT: Duration = Duration::from_secs(120);
 
 /// Measures it, and prints a table; the exit code is 0 if the share is large enough.
@@ -45,7 +48,14 @@ const RUSTUP_LIMIT: Duration = Duration::from_secs(120);
 /// # Errors
 /// When the tests fail, or there are no LLVM tools of the compiler's version.
 pub fn coverage(project: &Project, options: &Options) -> Result<u8> {
-    let tools = Tools::set_up()?;
+    let tools = match Tools::set_up() {
+        Ok(tools) => tools,
+        Err(error) if options.if_possible => {
+            println!("coverage of mmu: not measured, because {error:#}");
+            return Ok(0);
+        }
+        Err(error) => return Err(error),
+    };
     let directory = project.target("coverage")?;
     let profiles = directory.join("profiles");
     if profiles.exists() {
