@@ -190,6 +190,11 @@ pub struct Arrival {
     pub tsc: u64,
 }
 
+/// How many vectors [`take_order`] remembers.
+const ORDER: usize = 8;
+
+/// The vectors that came since [`take_order`], zero where none came.
+static VECTORS: Global<[u8; ORDER]> = Global::new([0; ORDER]);
 /// Interrupts that came since [`take_count`].
 static COUNT: Global<u32> = Global::new(0);
 static LAST: Global<Option<Arrival>> = Global::new(None);
@@ -207,6 +212,11 @@ fn count(trap: &Trap, _frame: &mut Frame) -> Disposition {
         return Disposition::GiveUp;
     }
     COUNT.set(COUNT.get() + 1);
+    let mut vectors = VECTORS.get();
+    if let Some(free) = vectors.iter_mut().find(|vector| **vector == 0) {
+        *free = trap.vector;
+    }
+    VECTORS.set(vectors);
     LAST.set(Some(Arrival {
         vector: trap.vector,
         tsc: rdtsc(),
@@ -236,6 +246,27 @@ pub fn take_last() -> Option<Arrival> {
     let last = LAST.get();
     LAST.set(None);
     last
+}
+
+/// The vectors that came since the last call, in their order, then zeroes.
+pub fn take_order() -> [u8; ORDER] {
+    let vectors = VECTORS.get();
+    VECTORS.set([0; ORDER]);
+    vectors
+}
+
+/// CR8: the task priority's upper half.
+pub fn read_cr8() -> u64 {
+    let value: u64;
+    // SAFETY: reading the register has no side effect.
+    unsafe { asm!("mov {}, cr8", out(reg) value, options(nomem, nostack)) };
+    value
+}
+
+/// Sets the task priority's upper half by CR8.
+pub fn write_cr8(value: u64) {
+    // SAFETY: it holds interrupts back, no more; more than four bits raise #GP.
+    unsafe { asm!("mov cr8, {}", in(reg) value, options(nostack)) };
 }
 
 /// Halts until an interrupt has come.
