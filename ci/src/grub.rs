@@ -16,6 +16,7 @@ pub const BIOS: &str = "/usr/lib/grub/i386-pc";
 pub const UEFI: &str = "/usr/lib/grub/x86_64-efi";
 
 /// What an image boots.
+#[derive(Clone, Copy)]
 pub struct Content<'a> {
     /// The boot ELF.
     pub boot: &'a Path,

@@ -1,7 +1,7 @@
 //! `cargo xtask image`: the image as files for other machines.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use clap::builder::PossibleValue;
@@ -10,6 +10,7 @@ use serde::Deserialize;
 
 use crate::archive;
 use crate::build::{Application, Builder};
+use crate::config::Config;
 use crate::disk;
 use crate::grub::Content;
 use crate::input::BadInput;
@@ -24,6 +25,9 @@ pub struct Options {
     /// What to make
     #[arg(long)]
     format: Format,
+    /// Guests to put onto an ISO or a disk, as this umbra.toml describes them
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -96,20 +100,43 @@ impl ValueEnum for Format {
 /// # Errors
 /// When something cannot be set up or built.
 pub fn image(project: &Project, options: &Options) -> Result<()> {
+    let config = options
+        .config
+        .as_deref()
+        .map(|path| Config::read(project, path))
+        .transpose()?;
+    if config.is_some() && matches!(options.format, Format::Elf | Format::Hermit) {
+        bail!(BadInput(
+            "--config puts files onto an ISO or a disk; this format has no place for them".into()
+        ));
+    }
     setup::install(&options.format.needs())?;
     let builder = Builder::new(project)?;
+    let archive = match config {
+        Some(config) => {
+            let path = project.target("images")?.join("guests.tar");
+            write_if_changed(&path, &config.archive(&builder)?)?;
+            Some(path)
+        }
+        None => None,
+    };
+    let archive = archive.as_deref();
     let path = match options.format {
         Format::Elf => builder.boot_elf(Application::Umbra)?,
         Format::Hermit => hermit(project, &builder)?,
-        Format::Iso => bootable_iso(project, &builder)?,
-        Format::Disk(format) => disk_image(project, &builder, format)?,
+        Format::Iso => bootable_iso(project, &builder, archive)?,
+        Format::Disk(format) => disk_image(project, &builder, archive, format)?,
     };
     let bytes = fs::metadata(&path)?.len();
     println!("{} ({} KiB)", path.display(), bytes.div_ceil(1024));
     Ok(())
 }
 
-fn bootable_iso(project: &Project, builder: &Builder<'_>) -> Result<PathBuf> {
+fn bootable_iso(
+    project: &Project,
+    builder: &Builder<'_>,
+    archive: Option<&Path>,
+) -> Result<PathBuf> {
     let boot = builder.boot_elf(Application::Umbra)?;
     let work = project.target("runs")?.join("image");
     fs::create_dir_all(&work)?;
@@ -118,19 +145,24 @@ fn bootable_iso(project: &Project, builder: &Builder<'_>) -> Result<PathBuf> {
         boot: &boot,
         kernel_arguments: &[],
         arguments: &[],
-        archive: None,
+        archive,
     };
     iso::write(project, &content, &work, &path)?;
     Ok(path)
 }
 
-fn disk_image(project: &Project, builder: &Builder<'_>, format: disk::Format) -> Result<PathBuf> {
+fn disk_image(
+    project: &Project,
+    builder: &Builder<'_>,
+    archive: Option<&Path>,
+    format: disk::Format,
+) -> Result<PathBuf> {
     let boot = builder.boot_elf(Application::Umbra)?;
     let content = Content {
         boot: &boot,
         kernel_arguments: &[],
         arguments: &[],
-        archive: None,
+        archive,
     };
     format.make(project, &content, &project.target("images")?)
 }
@@ -139,7 +171,7 @@ fn hermit(project: &Project, builder: &Builder<'_>) -> Result<PathBuf> {
     let config_path = project.root().join("hermit.toml");
     let text = fs::read_to_string(&config_path)
         .with_context(|| format!("cannot read {}", config_path.display()))?;
-    let config: Config = keys::parse(&config_path, &text, &CONFIG_KEYS)
+    let config: HermitConfig = keys::parse(&config_path, &text, &CONFIG_KEYS)
         .map_err(|error| BadInput(error.to_string()))?;
     if config.version != "1" {
         bail!(BadInput(format!(
@@ -157,7 +189,7 @@ fn hermit(project: &Project, builder: &Builder<'_>) -> Result<PathBuf> {
 
 /// The configuration of a Hermit image, version 1, as `hermit-entry` defines it.
 #[derive(Debug, Deserialize)]
-struct Config {
+struct HermitConfig {
     version: String,
     kernel: String,
     input: Input,
@@ -192,7 +224,7 @@ mod tests {
     fn our_own_configuration_is_good() {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../hermit.toml");
         let text = fs::read_to_string(&path).unwrap();
-        let config: Config = keys::parse(&path, &text, &CONFIG_KEYS).unwrap();
+        let config: HermitConfig = keys::parse(&path, &text, &CONFIG_KEYS).unwrap();
         assert_eq!(
             (config.version.as_str(), config.kernel.as_str()),
             ("1", "umbra")
@@ -204,7 +236,7 @@ mod tests {
     fn a_mistyped_key_names_the_nearest() {
         let text = "version = \"1\"\nkernel = \"x\"\n[input]\napp_arg = []\n";
         let error =
-            keys::parse::<Config>(Path::new("hermit.toml"), text, &CONFIG_KEYS).unwrap_err();
+            keys::parse::<HermitConfig>(Path::new("hermit.toml"), text, &CONFIG_KEYS).unwrap_err();
         assert!(
             error
                 .to_string()

@@ -14,7 +14,7 @@ mod vhd;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{Cursor, Seek, SeekFrom, Write};
+use std::io::{Cursor, Read, Seek, SeekFrom, Write};
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
@@ -50,26 +50,62 @@ struct Parts {
     /// GRUB's core for BIOS machines.
     core: Vec<u8>,
     /// The files of the EFI partition, by their paths.
-    files: Vec<(&'static str, Vec<u8>)>,
+    files: Vec<(String, Vec<u8>)>,
 }
 
 impl Parts {
     fn collect(project: &Project, content: &Content<'_>) -> Result<Self> {
-        let script = grub::script(content, &PLACES)?.into_bytes();
+        let archive = content.archive.map(read).transpose()?.unwrap_or_default();
+        let users = users_files(&archive)?;
+        let content = &Content {
+            archive: content.archive.filter(|_| users.is_empty()),
+            ..*content
+        };
         let mut files = vec![
-            ("EFI/BOOT/BOOTX64.EFI", read(&Core::Uefi.make(project)?)?),
-            ("boot/grub/grub.cfg", script),
-            (PLACES.boot, read(content.boot)?),
+            (
+                "EFI/BOOT/BOOTX64.EFI".to_owned(),
+                read(&Core::Uefi.make(project)?)?,
+            ),
+            (
+                "boot/grub/grub.cfg".to_owned(),
+                grub::script(content, &PLACES)?.into_bytes(),
+            ),
+            (PLACES.boot.to_owned(), read(content.boot)?),
         ];
-        if let Some(archive) = content.archive {
-            files.push((PLACES.archive, read(archive)?));
+        if content.archive.is_some() {
+            files.push((PLACES.archive.to_owned(), archive));
         }
+        files.extend(users);
         Ok(Self {
             first_stage: read(&Path::new(grub::BIOS).join("boot.img"))?,
             core: read(&Core::BiosDisk.make(project)?)?,
             files,
         })
     }
+}
+
+/// The files of an archive that holds a configuration, where a user would put them; nothing if it holds
+/// none.
+fn users_files(archive: &[u8]) -> Result<Vec<(String, Vec<u8>)>> {
+    let mut files = Vec::new();
+    for member in tar::Archive::new(archive).entries()? {
+        let mut member = member?;
+        let name = member.path()?.to_string_lossy().into_owned();
+        let mut data = Vec::new();
+        member.read_to_end(&mut data)?;
+        files.push((name, data));
+    }
+    if !files.iter().any(|(name, _)| name == "umbra.toml") {
+        return Ok(Vec::new());
+    }
+    let place = |name: String| match &*name {
+        "umbra.toml" => "umbra/umbra.toml".to_owned(),
+        _ => format!("umbra/guests/{name}"),
+    };
+    Ok(files
+        .into_iter()
+        .map(|(name, data)| (place(name), data))
+        .collect())
 }
 
 /// Where GRUB's core for BIOS machines is.
@@ -202,7 +238,7 @@ fn embedded_core(core: &[u8]) -> Result<Vec<u8>> {
 }
 
 /// The EFI partition's bytes.
-fn efi_partition(files: &[(&str, Vec<u8>)]) -> Result<Vec<u8>> {
+fn efi_partition(files: &[(String, Vec<u8>)]) -> Result<Vec<u8>> {
     let mut volume = vec![0; usize::try_from(EFI_PARTITION.length())?];
     let options = FormatVolumeOptions::new()
         .fat_type(FatType::Fat32)
@@ -287,8 +323,8 @@ mod tests {
             first_stage: (0..512u16).map(|at| (at % 251) as u8).collect(),
             core: vec![0xc3; 3000],
             files: vec![
-                ("boot/grub/grub.cfg", b"boot".to_vec()),
-                (PLACES.boot, vec![0x7f; 1_000_000]),
+                ("boot/grub/grub.cfg".into(), b"boot".to_vec()),
+                (PLACES.boot.into(), vec![0x7f; 1_000_000]),
             ],
         }
     }
@@ -306,6 +342,21 @@ mod tests {
         assert_eq!(block_list, [1, 8, 0, 0, 0, 0, 0, 0, 5, 0, 0x20, 8]);
         assert_eq!(one[0x5c..0x64], 2048u64.to_le_bytes());
         assert_eq!(one[510..512], [0x55, 0xaa]);
+    }
+
+    #[test]
+    fn a_configuration_goes_where_a_user_would_put_it() {
+        use crate::archive::{Entry, ustar};
+        let entry = |name| Entry { name, data: b"x" };
+        let config = ustar(&[entry("umbra.toml"), entry("hello")]).unwrap();
+        let names: Vec<_> = users_files(&config)
+            .unwrap()
+            .into_iter()
+            .map(|file| file.0)
+            .collect();
+        assert_eq!(names, ["umbra/umbra.toml", "umbra/guests/hello"]);
+        let guest = ustar(&[entry("guest")]).unwrap();
+        assert!(users_files(&guest).unwrap().is_empty() && users_files(&[]).unwrap().is_empty());
     }
 
     #[test]
