@@ -28,6 +28,7 @@ use crate::devices::serial::{self, Serial};
 use crate::devices::test_device::{self, Effect, TestDevice};
 use crate::processor::features::GuestFeatures;
 use crate::processor::msr::Msrs;
+use crate::processor::paravirtual::{MemoryWrite, Paravirtual};
 use crate::time::{GuestTime, TimeBase};
 
 /// Where the guest's serial output goes.
@@ -68,6 +69,7 @@ pub struct Machine {
     console: Box<dyn ConsoleOutput + Send>,
     shutdown: Option<Shutdown>,
     msrs: Msrs,
+    paravirtual: Paravirtual,
     pic: Pic,
     local_apic: LocalApic,
     io_apic: IoApic,
@@ -142,6 +144,7 @@ impl Machine {
             console,
             shutdown: None,
             msrs: Msrs::new(features, tsc_offset),
+            paravirtual: Paravirtual::default(),
             pic: Pic::default(),
             local_apic: LocalApic::default(),
             io_apic: IoApic::default(),
@@ -163,6 +166,7 @@ impl Machine {
 
     /// Sets the clock: `unix_time`, in seconds since 1970-01-01 UTC, was when the machine started.
     pub fn set_wall_clock(&mut self, unix_time: u64) {
+        self.paravirtual.set_start(unix_time);
         self.rtc = Rtc::new(unix_time);
         self.rtc.advance(self.now);
     }
@@ -185,6 +189,14 @@ impl Machine {
     /// The page whose translations the guest had dropped through the test device since the last call.
     pub const fn take_page_flush(&mut self) -> Option<Gpa> {
         self.page_flush.take()
+    }
+
+    /// What a device writes to the guest's memory of itself, if anything waits. To be asked until
+    /// nothing is left, after each access to a model-specific register.
+    pub fn take_memory_write(&mut self) -> Option<MemoryWrite> {
+        let offset = self.msrs.tsc_offset();
+        self.paravirtual
+            .take_write(&self.time_base, self.now, offset)
     }
 
     /// How the guest ended itself, if it did since the last call.

@@ -6,6 +6,7 @@ use super::Machine;
 use crate::access_log::Sighting;
 use crate::processor::features::Features;
 use crate::processor::msr::{ApicMode, MsrAccess, MsrContext, MsrEffect, index};
+use crate::processor::paravirtual::Paravirtual;
 use crate::time::GuestTime;
 
 impl Machine {
@@ -25,6 +26,7 @@ impl Machine {
                     .read_msr((number - index::X2APIC_FIRST) as u16)
                     .map_err(|_| MsrAccess::Refused)
             }
+            _ if Paravirtual::has(number) => self.paravirtual.read(number),
             _ => self.msrs.read(number, context),
         };
         result.map_err(|error| self.msr_exception(number, error))
@@ -57,11 +59,16 @@ impl Machine {
                     Err(_) => Err(MsrAccess::Refused),
                 }
             }
+            _ if Paravirtual::has(number) => self
+                .paravirtual
+                .write(number, value)
+                .map(|()| MsrEffect::None),
             _ => self.msrs.write(number, value, context),
         };
         match result {
             Ok(MsrEffect::ApicMode(mode)) => self.local_apic.set_mode(mode),
             Ok(MsrEffect::TscOffset(_)) => {
+                self.paravirtual.counter_jumped();
                 // The deadline is a value of the guest's counter, which has just jumped.
                 self.arm_deadline(self.local_apic.tsc_deadline(), context.host_counter);
             }

@@ -12,6 +12,7 @@ use x86_64::registers::xcontrol::XCr0Flags;
 
 use super::features::{Features, GuestFeatures, Vendor};
 use super::msr::ApicBase;
+use super::paravirtual;
 
 /// The highest basic leaf that guests see: extended state.
 const MAX_BASIC_LEAF: u32 = 0xd;
@@ -221,7 +222,7 @@ impl CpuidPolicy {
                 ..host(leaf, 0)
             },
             0x8000_0001.. if leaf <= self.max_extended => self.extended(host, leaf),
-            _ => NOTHING,
+            _ => paravirtual::cpuid(leaf).unwrap_or(NOTHING),
         }
     }
 

@@ -9,3 +9,4 @@ pub mod cpuid;
 pub mod features;
 pub mod msr;
 pub mod mtrr;
+pub mod paravirtual;
