@@ -6,13 +6,14 @@ use core::arch::x86_64::{__cpuid_count, CpuidResult};
 use umbra_machine::processor::control;
 use umbra_machine::processor::features::{Features, GuestFeatures};
 use umbra_machine::processor::msr::{MsrContext, MsrEffect};
-use umbra_mmu::{Feature, GuestFeatures as MmuFeatures};
+use umbra_mmu::{Feature, GuestFeatures as MmuFeatures, MmuError};
 use umbra_vcpu::VcpuExt;
 use umbra_vcpu::event::Exception;
 use umbra_vcpu::exit::ControlRegister;
 use umbra_vcpu::registers::{CodeWidth, ControlRegisters, Gpr, SegmentRegister};
 
 use crate::guest::{End, Guest};
+use crate::memory::Unwritable;
 use crate::platform;
 
 /// The host's CPUID.
@@ -59,6 +60,7 @@ pub fn cpuid(guest: &mut Guest) -> Result<(), End> {
 
 /// RDMSR.
 pub fn read_msr(guest: &mut Guest, index: u32) -> Result<(), End> {
+    guest.advance_time();
     let Guest { vcpu, machine, .. } = guest;
     let context = MsrContext {
         control: &vcpu.control_registers(),
@@ -77,6 +79,7 @@ pub fn read_msr(guest: &mut Guest, index: u32) -> Result<(), End> {
 
 /// WRMSR.
 pub fn write_msr(guest: &mut Guest, index: u32, value: u64) -> Result<(), End> {
+    guest.advance_time();
     let Guest { vcpu, machine, .. } = guest;
     let context = MsrContext {
         control: &vcpu.control_registers(),
@@ -87,6 +90,13 @@ pub fn write_msr(guest: &mut Guest, index: u32, value: u64) -> Result<(), End> {
         Ok(effect) => effect,
         Err(exception) => return guest.raise(exception),
     };
+    while let Some(write) = guest.machine.take_memory_write() {
+        match guest.paging.write_ram(write.at, write.bytes()) {
+            // What is written where no memory is goes nowhere.
+            Ok(()) | Err(Unwritable::NoMemory(_)) => {}
+            Err(Unwritable::OutOfMemory) => return Err(MmuError::OutOfMemory.into()),
+        }
+    }
     match effect {
         MsrEffect::None | MsrEffect::ApicMode(_) => {}
         MsrEffect::TscOffset(offset) => guest.vcpu.set_tsc_offset(offset),

@@ -1,7 +1,7 @@
 //! One guest: its processor, its shadow MMU, its machine, and the loop that runs it.
 //!
-//! Protocol of a turn: the machine's time goes on, then entry follows entry until the time slice is
-//! over. Protocol of an entry: (1) point the processor at the shadow root and drop the translations that
+//! Protocol of a turn: the machine's time goes on, then entry follows entry until the turn is over.
+//! Host interrupts are off all the while, see `alarm`. Protocol of an entry: (1) point the processor at the shadow root and drop the translations that
 //! the MMU has asked to drop, (2) hand over an interrupt if one can be taken, (3) run until an
 //! exit, (4) handle the exit. Every exit is handled by one of the modules `paging`, `control`,
 //! `ports` and `mmio`; each of them either changes the guest or raises an exception in it, and
@@ -18,15 +18,13 @@ use umbra_mmu::{Mmu, MmuError, RootChange};
 use umbra_report::{Exhausted, MmuCounters, Outcome, Report};
 use umbra_vcpu::event::{Exception, TripleFault, Window, vector};
 use umbra_vcpu::exit::Exit;
-use umbra_vcpu::{EntryFailure, Flush, TimeSlice, Vcpu};
+use umbra_vcpu::{EntryFailure, Flush, Vcpu};
 
+use crate::alarm::Alarm;
 use crate::memory::GuestHost;
 use crate::paging::Paging;
 use crate::uhyve::Uhyve;
 use crate::{control, mmio, platform, ports, protection_keys, timestamp};
-
-/// The longest time that a guest runs without the loop looking at its clock, in microseconds.
-pub const TICK_MICROSECONDS: u64 = 10_000;
 
 /// Why a guest ends.
 #[derive(Debug)]
@@ -116,6 +114,17 @@ pub struct Guest {
     pub start: Option<u64>,
     /// Whether it waits for an interrupt.
     pub halted: Halted,
+    /// Whether the alarm fits the machine's timers.
+    pub timers: Timers,
+}
+
+/// Whether the machine's timers may have changed since the alarm was set for them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Timers {
+    /// They may have.
+    Touched,
+    /// They are as they were.
+    Untouched,
 }
 
 /// Whether the guest waits for an interrupt.
@@ -147,13 +156,18 @@ enum Progress {
 }
 
 impl Guest {
-    /// Runs the guest until its time slice is over, it waits, or it ends.
-    pub fn turn(&mut self) -> Turn {
+    /// Runs the guest until the host's time-stamp counter reaches `until`, it waits, or it ends.
+    pub fn turn(&mut self, alarm: &mut Alarm, until: u64) -> Turn {
         if self.start.is_none() {
             self.start = Some(platform::timestamp());
         }
         self.advance_time();
-        self.begin_time_slice();
+        let turn = self.run(alarm, until);
+        self.machine.flush_console();
+        turn
+    }
+
+    fn run(&mut self, alarm: &mut Alarm, until: u64) -> Turn {
         loop {
             if self.halted == Halted::Yes {
                 if let Err(end) = self.check_deadline() {
@@ -164,7 +178,12 @@ impl Guest {
                 }
                 self.halted = Halted::No;
             }
-            match self.step() {
+            if self.timers == Timers::Touched {
+                let deadline = self.next_deadline().map_or(until, |due| due.min(until));
+                alarm.limit_turn(&mut *self.vcpu, deadline);
+                self.timers = Timers::Untouched;
+            }
+            match self.step(alarm, until) {
                 Ok(Progress::Continues) => {}
                 Ok(Progress::SliceEnds) => return Turn::Over,
                 Err(end) => return Turn::Ended(end),
@@ -197,18 +216,8 @@ impl Guest {
         report
     }
 
-    /// Has the processor end the guest's turn too, where it can count: Bochs keeps the host's
-    /// interrupts from a guest that is entered with its own disabled.
-    fn begin_time_slice(&mut self) {
-        let ticks = platform::ticks_in_microseconds(TICK_MICROSECONDS);
-        match self.vcpu.set_time_slice(Some(ticks)) {
-            // The host's timer runs in any case.
-            TimeSlice::Hardware | TimeSlice::HostTimer => {}
-        }
-    }
-
     /// Enters the guest once and handles its exit.
-    fn step(&mut self) -> Result<Progress, End> {
+    fn step(&mut self, alarm: &mut Alarm, until: u64) -> Result<Progress, End> {
         let root = self.paging.prepare_entry()?;
         if root.change == RootChange::Changed {
             self.vcpu.set_shadow_paging(root.paging);
@@ -223,10 +232,20 @@ impl Guest {
         self.check_deadline()?;
         self.handle(&exit)?;
 
-        match (self.machine.take_shutdown(), exit) {
-            (Some(shutdown), _) => Err(end_of_machine(shutdown)),
-            (None, Exit::HostInterrupt | Exit::TimeSliceEnd) => Ok(Progress::SliceEnds),
-            (None, _) => Ok(Progress::Continues),
+        if let Some(shutdown) = self.machine.take_shutdown() {
+            return Err(end_of_machine(shutdown));
+        }
+        if !matches!(exit, Exit::HostInterrupt | Exit::TimeSliceEnd) {
+            return Ok(Progress::Continues);
+        }
+        // Where the processor counts the turn, interrupts may wait that did not end it.
+        platform::take_interrupts();
+        alarm.went_off();
+        self.advance_time();
+        if platform::timestamp() >= until {
+            Ok(Progress::SliceEnds)
+        } else {
+            Ok(Progress::Continues)
         }
     }
 
@@ -268,6 +287,14 @@ impl Guest {
     pub fn advance_time(&mut self) {
         let now = self.machine.time_base().time_at(platform::timestamp());
         self.machine.advance(now);
+        self.timers = Timers::Touched;
+    }
+
+    /// The host's time-stamp counter when the machine or the watchdog must be looked at.
+    pub fn next_deadline(&self) -> Option<u64> {
+        let machine = self.machine.next_deadline();
+        let machine = machine.map(|time| self.machine.time_base().counter_at(time));
+        machine.into_iter().chain(self.deadline).min()
     }
 
     /// Raises an exception in the guest.
@@ -288,7 +315,7 @@ impl Guest {
                 protection_keys::invalid_opcode(self)
             }
             Exit::Exception(exception) => self.raise(exception),
-            // The loop looks at interrupts before each entry, and at the time before each turn.
+            // The loop sees to interrupts before each entry, and to the time after these exits.
             Exit::HostInterrupt
             | Exit::TimeSliceEnd
             | Exit::HostNmi
@@ -365,6 +392,7 @@ impl Guest {
     /// HLT: waits until an interrupt is due.
     fn halt(&mut self) -> Result<(), End> {
         self.vcpu.skip_instruction();
+        self.advance_time();
         if !self.wakes() && self.vcpu.windows().interrupt == Window::Closed {
             return Err(End::new(
                 Outcome::Halted,

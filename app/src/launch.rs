@@ -8,15 +8,16 @@ use alloc::vec::Vec;
 use umbra_loader::{Clock, Format, LoadError, LoadRequest, MemoryMap, Module};
 use umbra_machine::devices::fw_cfg::{E820Entry, FwCfg};
 use umbra_machine::processor::cpuid::CpuidPolicy;
-use umbra_machine::{Configuration, ConsoleOutput, Machine, TimeBase, acpi};
+use umbra_machine::{Configuration, Machine, TimeBase, acpi};
 use umbra_mmu::MmuConfig;
 use umbra_report::options::{Device, GuestOptions, Options};
 use umbra_report::{ExitCode, Outcome, Report};
 use umbra_vcpu::address::{Gfn, PAGE_SIZE};
 
 use crate::archive::{BootFiles, GuestFiles};
+use crate::console::Console;
 use crate::driver::Driver;
-use crate::guest::{End, ExitCounts, Guest, Halted};
+use crate::guest::{End, ExitCounts, Guest, Halted, Timers};
 use crate::memory::{GuestHost, LoaderRam, RamRange};
 use crate::paging::Paging;
 use crate::physical::HostAddressSpace;
@@ -202,6 +203,7 @@ fn prepare(
         deadline,
         start: None,
         halted: Halted::No,
+        timers: Timers::Touched,
     })
 }
 
@@ -220,47 +222,4 @@ fn describe_machine(fw_cfg: &mut FwCfg, options: &GuestOptions, memory_map: &Mem
     fw_cfg.set_cpu_count(1);
     fw_cfg.set_command_line(options.append.as_bytes());
     fw_cfg.set_memory_map(&entries);
-}
-
-/// The guest's serial output, handed to the host's console line by line, with the guest's name before
-/// each line if there are other guests.
-struct Console {
-    line: Vec<u8>,
-    /// How much of the line is the name.
-    prefix: usize,
-}
-
-impl Console {
-    /// The longest line that is held back.
-    const CAPACITY: usize = 256;
-
-    fn new(name: Option<&str>) -> Self {
-        let line = name.map_or_else(Vec::new, |name| format!("{name}| ").into_bytes());
-        let prefix = line.len();
-        Self { line, prefix }
-    }
-}
-
-impl ConsoleOutput for Console {
-    fn write(&mut self, byte: u8) {
-        self.line.push(byte);
-        if byte == b'\n' || self.line.len() - self.prefix >= Self::CAPACITY {
-            if byte != b'\n' && self.prefix != 0 {
-                // Other guests' lines may follow.
-                self.line.push(b'\n');
-            }
-            platform::write_console(&self.line);
-            self.line.truncate(self.prefix);
-        }
-    }
-}
-
-impl Drop for Console {
-    /// The report line must begin a line of its own.
-    fn drop(&mut self) {
-        if self.line.len() > self.prefix {
-            self.line.push(b'\n');
-            platform::write_console(&self.line);
-        }
-    }
 }

@@ -10,7 +10,9 @@
 
 extern crate alloc;
 
+mod alarm;
 mod archive;
+mod console;
 mod control;
 #[allow(unsafe_code, reason = "switching virtualization on")]
 mod driver;

@@ -9,9 +9,12 @@ use umbra_report::ExitCode;
 
 /// Writes raw bytes to the console.
 pub fn write_console(bytes: &[u8]) {
-    const STANDARD_OUTPUT: i32 = 1;
-    // SAFETY: the pointer and the length are those of a live slice.
-    unsafe { hermit::syscalls::sys_write(STANDARD_OUTPUT, bytes.as_ptr(), bytes.len()) };
+    hermit::console::write_now(bytes);
+}
+
+/// A byte from the terminal, if one has arrived.
+pub fn read_console() -> Option<u8> {
+    hermit::console::try_read()
 }
 
 /// The words after `--` on the kernel's command line.
@@ -73,14 +76,33 @@ pub fn unix_time() -> u64 {
     now.tv_sec.try_into().unwrap_or(0)
 }
 
-/// Has the host's timer interrupt this core again and again, so that a guest exits by then.
-pub fn interrupt_every(microseconds: u64) {
-    hermit::time::set_periodic_timer_us(Some(microseconds));
+/// Has the host's timer interrupt this core after so many ticks of the time-stamp counter.
+pub fn interrupt_after(ticks: u64) {
+    let microseconds = crate::timestamp::nanoseconds_in_ticks(ticks).div_ceil(1000);
+    hermit::time::set_oneshot_timer_us(Some(microseconds.max(1)));
 }
 
-/// Waits for any interrupt.
+/// Keeps the host's interrupts waiting.
+pub fn hold_interrupts() {
+    x86_64::instructions::interrupts::disable();
+}
+
+/// Lets the host take its interrupts again.
+pub fn release_interrupts() {
+    x86_64::instructions::interrupts::enable();
+}
+
+/// Lets the host take the interrupts that wait, and holds further ones.
+pub fn take_interrupts() {
+    release_interrupts();
+    x86_64::instructions::nop();
+    hold_interrupts();
+}
+
+/// Waits for any interrupt, lets the host take it, and holds further ones.
 pub fn wait_for_interrupt() {
     x86_64::instructions::interrupts::enable_and_hlt();
+    hold_interrupts();
 }
 
 /// Ends the whole system with `code`, by whichever way out the platform has.

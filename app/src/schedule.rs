@@ -1,16 +1,21 @@
 //! Several guests on one processor: each runs its turn, in the order of their names on the command
-//! line, until its time slice ends or it waits for an interrupt.
+//! line, until its time slice ends, another guest's timer is due, or it waits for an interrupt.
 //!
 //! A guest that ends is dropped with all that it held, then reported, then started again if its
-//! options say so; the others go on. The processor sleeps only when every guest waits.
+//! options say so; the others go on. The processor sleeps only when every guest waits. The
+//! terminal's input is for the first guest.
 
 use alloc::vec::Vec;
 
 use umbra_report::{ExitCode, Report};
 
-use crate::guest::{Guest, TICK_MICROSECONDS, Turn};
+use crate::alarm::Alarm;
+use crate::guest::{Guest, Halted, Turn};
 use crate::launch::Launcher;
 use crate::{platform, pressure};
+
+/// A guest's time slice in microseconds.
+const TIME_SLICE: u64 = 10_000;
 
 /// The guests that run.
 pub struct Schedule<'a> {
@@ -46,12 +51,17 @@ impl<'a> Schedule<'a> {
 
     /// Runs all guests to their ends, and returns the exit code of the first that failed.
     pub fn run(mut self) -> ExitCode {
-        platform::interrupt_every(TICK_MICROSECONDS);
+        platform::hold_interrupts();
+        let mut alarm = Alarm::default();
         while !self.running.is_empty() {
             let mut everyone_waits = true;
             let mut place = 0;
-            while let Some(running) = self.running.get_mut(place) {
-                match running.guest.turn() {
+            self.deliver_input();
+            while place < self.running.len() {
+                let until = self.end_of_turn(place);
+                alarm.went_off();
+                let running = &mut self.running[place];
+                match running.guest.turn(&mut alarm, until) {
                     Turn::Over => everyone_waits = false,
                     Turn::Waiting => {}
                     Turn::Ended(end) => {
@@ -67,9 +77,12 @@ impl<'a> Schedule<'a> {
                 place += 1;
             }
             if everyone_waits {
-                platform::wait_for_interrupt();
+                let deadlines = self.running.iter();
+                let deadlines = deadlines.filter_map(|running| running.guest.next_deadline());
+                alarm.sleep_until(deadlines.min());
             }
         }
+        platform::release_interrupts();
         self.exit_code
     }
 
@@ -104,6 +117,25 @@ impl<'a> Schedule<'a> {
         hermit::println!("{}", report.line());
         if self.exit_code == ExitCode::Success {
             self.exit_code = report.exit_code;
+        }
+    }
+
+    /// The host's time-stamp counter at which the turn of the guest in this place ends at the latest.
+    fn end_of_turn(&self, place: usize) -> u64 {
+        let others = self.running.iter().enumerate();
+        let waiting = others
+            .filter(|(other, running)| *other != place && running.guest.halted == Halted::Yes);
+        let deadlines = waiting.filter_map(|(_, running)| running.guest.next_deadline());
+        let slice = platform::ticks_in_microseconds(TIME_SLICE);
+        deadlines.fold(platform::timestamp().saturating_add(slice), u64::min)
+    }
+
+    /// Hands over what was typed.
+    fn deliver_input(&mut self) {
+        while let Some(byte) = platform::read_console() {
+            if let Some(running) = self.running.first_mut() {
+                running.guest.machine.receive(byte);
+            }
         }
     }
 }

@@ -35,6 +35,9 @@ use crate::time::{GuestTime, TimeBase};
 pub trait ConsoleOutput {
     /// Takes one byte.
     fn write(&mut self, byte: u8);
+
+    /// Lets everything out that was held back.
+    fn flush(&mut self) {}
 }
 
 /// How the guest ended itself.
@@ -202,6 +205,11 @@ impl Machine {
     /// How the guest ended itself, if it did since the last call.
     pub fn take_shutdown(&mut self) -> Option<Shutdown> {
         self.shutdown.take()
+    }
+
+    /// Lets all serial output out that was held back.
+    pub fn flush_console(&mut self) {
+        self.console.flush();
     }
 
     /// A byte arrives from the terminal.
