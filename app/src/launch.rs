@@ -5,7 +5,7 @@ use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
 
-use umbra_loader::{Clock, Format, LoadError, LoadRequest, MemoryMap, Module};
+use umbra_loader::{BootClock, Format, LoadError, LoadRequest, MemoryMap, Module};
 use umbra_machine::devices::fw_cfg::{E820Entry, FwCfg};
 use umbra_machine::processor::cpuid::CpuidPolicy;
 use umbra_machine::{Configuration, Machine, TimeBase, acpi};
@@ -112,7 +112,7 @@ fn prepare(
         modules: module.as_slice(),
         memory_map: &memory_map,
         acpi_root: Some(acpi::ADDRESS),
-        clock: Clock {
+        clock: BootClock {
             tsc_khz: u32::try_from(timestamp::frequency() / 1000).unwrap_or(u32::MAX),
             unix_nanoseconds: platform::unix_time().saturating_mul(1_000_000_000),
         },

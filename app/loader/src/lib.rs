@@ -81,12 +81,12 @@ pub struct LoadRequest<'a> {
     /// Where ACPI's root pointer (RSDP) is, for protocols that tell it.
     pub acpi_root: Option<Gpa>,
     /// The guest's clock, for protocols that tell it.
-    pub clock: Clock,
+    pub clock: BootClock,
 }
 
 /// What time it is.
 #[derive(Clone, Copy, Debug)]
-pub struct Clock {
+pub struct BootClock {
     /// The frequency of the time-stamp counter in kHz.
     pub tsc_khz: u32,
     /// The wall clock in nanoseconds since 1970.

@@ -5,13 +5,13 @@
 use std::collections::BTreeMap;
 
 use umbra_loader::{
-    Clock, GuestRam, LoadError, LoadRequest, Loaded, MemoryMap, Module, OutOfRam, load,
+    BootClock, GuestRam, LoadError, LoadRequest, Loaded, MemoryMap, Module, OutOfRam, load,
 };
 use umbra_vcpu::address::Gpa;
 
 pub const MEMORY: u64 = 8 << 20;
 pub const ACPI_ROOT: Gpa = Gpa::new(0xe_0000);
-pub const CLOCK: Clock = Clock {
+pub const CLOCK: BootClock = BootClock {
     tsc_khz: 2_400_000,
     unix_nanoseconds: 1_800_000_000_123_456_789,
 };
