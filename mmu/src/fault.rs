@@ -169,7 +169,10 @@ impl<H: Host> Core<'_, H> {
             if missing <= self.state.reserved {
                 return Ok(root);
             }
-            self.make_pages_available(missing - self.state.reserved)?;
+            if let Err(report) = self.make_pages_available(missing - self.state.reserved) {
+                let needed = self.missing(root, walk, gva, level);
+                return Err(NoPageAvailable { needed, ..report }.into());
+            }
         }
     }
 
