@@ -257,7 +257,15 @@ impl EntryFormat {
     #[inline]
     pub fn suspicious(&self, features: GuestFeatures) -> u64 {
         let high = u64::MAX << features.max_physical_address.min(52);
-        let known = if self.no_execute { bits::NO_EXECUTE } else { 0 };
+        // Bits 52 to 62 hold the protection key and what the guest likes, but not under PAE.
+        let mut known = if self.format.is_long() {
+            span(52, 62)
+        } else {
+            0
+        };
+        if self.no_execute {
+            known |= bits::NO_EXECUTE;
+        }
         high & !known | bits::PAGE_SIZE
     }
 

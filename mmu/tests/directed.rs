@@ -743,6 +743,56 @@ fn prefetch_maps_each_neighbour_to_its_own_frame() {
 }
 
 #[test]
+fn prefetch_leaves_pages_whose_key_forbids_reading() {
+    let mut guest = Guest::with(MmuConfig {
+        limit: 100,
+        prefetch: 8,
+        ..MmuConfig::default()
+    });
+    let root = guest.table();
+    for page in 0..16 {
+        guest.map(root, page << 12, (100 + page) << 12 | TABLE | D);
+    }
+    for page in [1, 9] {
+        guest.map(root, page << 12, (100 + page) << 12 | TABLE | D | 3 << 59);
+    }
+    let mut registers = long_mode(root);
+    registers.cr4 |= Cr4Flags::PROTECTION_KEY_USER;
+    guest.load(0, registers);
+    guest.mmu.set_pkru(&mut guest.cpus[0].vcpu, Pkru(1 << 6));
+    // The first fault makes the table, the second finds it.
+    for first in [0, 8] {
+        assert_eq!(guest.page(read(first << 12)), 100 + first);
+        assert_eq!(guest.faults(read((first + 2) << 12)), 0);
+        assert_eq!(
+            guest.fault(read((first + 1) << 12)),
+            Code::PROTECTION_VIOLATION | Code::PROTECTION_KEY
+        );
+    }
+}
+
+#[test]
+fn an_entry_that_changes_before_it_is_marked_is_read_again() {
+    let mut guest = Guest::new();
+    let root = guest.table();
+    for page in 0..3 {
+        guest.map(root, page << 12, (100 + page) << 12 | P | W | U);
+    }
+    guest.load(0, long_mode(root));
+    let table = guest.leaf_table(root, 0);
+    // The first fault makes the table, the second finds it.
+    for page in 0..2 {
+        let host = guest.host.clone();
+        *guest.host.0.before_exchange.lock().unwrap() = Some(Box::new(move || {
+            host.word(table, page as usize)
+                .store((200 + page) << 12 | P | W | U, Ordering::Relaxed);
+        }));
+        assert_eq!(guest.page(write(page << 12)), 200 + page);
+        assert_eq!(guest.get(table, page), (200 + page) << 12 | TABLE | D);
+    }
+}
+
+#[test]
 fn invlpg_refreshes_upper_tables_for_every_address() {
     let mut guest = Guest::new();
     let root = guest.table();

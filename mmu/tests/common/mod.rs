@@ -39,6 +39,8 @@ pub struct Machine {
     pub epoch: AtomicU64,
     /// Runs inside a flush request, as another processor would.
     pub during_flush: Mutex<Option<Box<dyn FnMut() + Send>>>,
+    /// Runs once before a guest entry is changed, as another processor would in the last moment.
+    pub before_exchange: Mutex<Option<Box<dyn FnOnce() + Send>>>,
 }
 
 #[derive(Clone)]
@@ -73,6 +75,7 @@ impl SimHost {
             drop_flushes: AtomicBool::new(false),
             epoch: AtomicU64::new(0),
             during_flush: Mutex::new(None),
+            before_exchange: Mutex::new(None),
         }))
     }
 
@@ -171,6 +174,9 @@ impl GuestMemory for SimHost {
         current: u64,
         new: u64,
     ) -> Result<u64, u64> {
+        if let Some(other) = self.0.before_exchange.lock().unwrap().take() {
+            other();
+        }
         self.word(self.ram_page(frame), offset / 8)
             .compare_exchange(current, new, Ordering::Relaxed, Ordering::Relaxed)
     }
