@@ -68,6 +68,8 @@ mod lvt {
     /// What software may change of each entry: vector and mask, and where they exist the timer's
     /// mode, the delivery mode, and the pins' polarity and trigger.
     pub const WRITABLE: [u32; 6] = [0x7_00ff, 0x1_07ff, 0x1_07ff, 0x1_a7ff, 0x1_a7ff, 0x1_00ff];
+    /// What may be written without effect: the delivery status, and the pins' remote IRR.
+    pub const READ_ONLY: [u32; 6] = [0x1000, 0x1000, 0x1000, 0x5000, 0x5000, 0x1000];
 }
 
 /// How the line of an interrupt behaves.
@@ -385,8 +387,8 @@ impl LocalApic {
             register::SPURIOUS => u64::from(SPURIOUS_WRITABLE & !(1 << 9)),
             register::COMMAND => 0xffff_ffff_0000_0000 | u64::from(ICR_WRITABLE),
             register::LVT_TIMER..=register::LVT_ERROR => {
-                // The delivery status may be written, without effect.
-                u64::from(lvt::WRITABLE[usize::from(number - register::LVT_TIMER)] | 1 << 12)
+                let entry = usize::from(number - register::LVT_TIMER);
+                u64::from(lvt::WRITABLE[entry] | lvt::READ_ONLY[entry])
             }
             register::INITIAL_COUNT => 0xffff_ffff,
             register::DIVIDE => 0xb,

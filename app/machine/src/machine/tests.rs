@@ -558,6 +558,13 @@ fn x2apic_mode_moves_the_registers_to_msrs() {
         Ok(MsrEffect::None)
     );
     assert_eq!(machine.acknowledge_interrupt(), Some(0x77));
+    // Linux sets the read-only bits of LINT0, too.
+    assert_eq!(
+        machine.write_msr(0x835, 0x5700, &context),
+        Ok(MsrEffect::None)
+    );
+    assert_eq!(machine.read_msr(0x835, &context), Ok(0x700));
+    assert!(machine.write_msr(0x832, 0x4000, &context).is_err());
     assert_eq!(machine.write_msr(0x80b, 0, &context), Ok(MsrEffect::None));
     assert_eq!(
         machine.write_msr(0x830, 0xffff_ffff_0000_4078, &context),
