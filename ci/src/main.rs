@@ -3,6 +3,7 @@
 #![deny(unsafe_code)]
 
 mod archive;
+mod assert;
 mod bench;
 mod build;
 mod command;
@@ -16,6 +17,7 @@ mod guest;
 mod image;
 mod input;
 mod iso;
+mod jobs;
 mod kernel;
 mod keys;
 mod kvm;
@@ -56,6 +58,8 @@ enum Verb {
     Run(run::Options),
     /// Run the host tests, then every scenario
     Test(test::Options),
+    /// Boot scenarios of your own, and say whether they went as they should
+    Assert(assert::Options),
     /// Measure what the parts that matter cost, in instructions
     Bench(bench::Options),
     /// Measure which lines of the MMU its tests reach
@@ -82,6 +86,7 @@ fn execute(cli: &Cli) -> Result<u8> {
     match &cli.verb {
         Verb::Run(options) => run::run(&project, options),
         Verb::Test(options) => test::test(&project, options),
+        Verb::Assert(options) => assert::assert(&project, options),
         Verb::Bench(options) => bench::bench(&project, options).map(|()| 0),
         Verb::Coverage(options) => coverage::coverage(&project, options),
         Verb::Image(options) => image::image(&project, options).map(|()| 0),

@@ -214,6 +214,25 @@ impl Scenario {
         Ok(scenarios)
     }
 
+    /// The scenarios in these files; no two may have the same name.
+    ///
+    /// # Errors
+    /// The first mistake in any file.
+    pub fn read_files(project: &Project, paths: &[PathBuf]) -> Result<Vec<Self>> {
+        let guests = guest::own(project)?;
+        let mut scenarios: Vec<Self> = Vec::new();
+        for path in paths {
+            let mut scenario = Self::read(path)?;
+            scenario.find_guest(&guests)?;
+            if scenarios.iter().any(|other| other.name == scenario.name) {
+                let message = format!("two scenarios are named {}", scenario.name);
+                return Err(BadInput(message).into());
+            }
+            scenarios.push(scenario);
+        }
+        Ok(scenarios)
+    }
+
     fn of_guest(guest: Guest) -> Self {
         Self {
             name: guest.name.clone(),

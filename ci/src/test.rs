@@ -1,35 +1,19 @@
 //! `cargo xtask test`: the host tests, then every scenario on each of its platforms.
 
-use std::collections::{BTreeMap, VecDeque};
 use std::env;
 use std::ffi::OsString;
-use std::fs;
 use std::ops::AddAssign;
-use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Mutex;
-use std::thread;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::Args;
 
-use crate::archive;
-use crate::build::{Application, Builder, GuestFiles};
 use crate::command::Step;
-use crate::config::Config;
 use crate::input::BadInput;
+use crate::jobs::{self, Job, Verdict};
 use crate::keys;
-use crate::platform::{Boot, Clock, Console, Platform, Show};
 use crate::project::Project;
-use crate::report;
-use crate::run::{archive_memory_mib, host_memory_mib, machine_memory_mib};
 use crate::scenario::Scenario;
-use crate::setup;
-
-/// How many machines run at once.
-const AT_ONCE: usize = 2;
-/// How much of a failed run's console is shown, in lines.
-const LINES_SHOWN: usize = 40;
 
 /// Set for host tests that have a long form, to run that.
 const LONG: &str = "UMBRA_LONG";
@@ -61,23 +45,20 @@ struct Count {
     failed: usize,
 }
 
+impl Count {
+    fn of(verdicts: &[Verdict]) -> Self {
+        let failed = verdicts.iter().filter(|verdict| !verdict.is_pass()).count();
+        Self {
+            passed: verdicts.len() - failed,
+            failed,
+        }
+    }
+}
+
 impl AddAssign for Count {
     fn add_assign(&mut self, other: Self) {
         self.passed += other.passed;
         self.failed += other.failed;
-    }
-}
-
-/// One scenario on one platform.
-#[derive(Clone)]
-struct Job {
-    scenario: Scenario,
-    platform: Platform,
-}
-
-impl Job {
-    fn name(&self) -> String {
-        format!("{} on {}", self.scenario.name, self.platform)
     }
 }
 
@@ -112,8 +93,8 @@ pub fn test(project: &Project, options: &Options) -> Result<u8> {
     }
     let mut count = host_tests(project, filter, length)?;
     let scenarios = jobs.len();
-    match run_jobs(project, jobs) {
-        Ok(result) => count += result,
+    match jobs::run(project, jobs) {
+        Ok(verdicts) => count += Count::of(&verdicts),
         Err(error) => {
             println!("FAIL scenarios: {error:#}");
             count += Count {
@@ -141,15 +122,10 @@ struct Selected {
 }
 
 fn all_jobs(project: &Project) -> Result<Vec<Job>> {
-    let scenarios = Scenario::all(project)?;
-    let jobs = scenarios.into_iter().flat_map(|scenario| {
-        let platforms = scenario.platforms.clone();
-        platforms.into_iter().map(move |platform| Job {
-            scenario: scenario.clone(),
-            platform,
-        })
-    });
-    Ok(jobs.collect())
+    Ok(Scenario::all(project)?
+        .iter()
+        .flat_map(Job::of_scenario)
+        .collect())
 }
 
 fn select(mut jobs: Vec<Job>, filter: &str, length: Length) -> Selected {
@@ -263,180 +239,12 @@ fn count_host_tests(output: &str) -> Count {
     count
 }
 
-/// What every job boots: built once, before the first machine starts.
-struct Images {
-    guests: BTreeMap<String, GuestFiles>,
-    /// The configurations of several guests, with their archives.
-    configs: BTreeMap<String, (Config, Vec<u8>)>,
-    umbra: Option<PathBuf>,
-    low_memory_callback: Option<PathBuf>,
-}
-
-impl Images {
-    fn build(project: &Project, jobs: &[Job]) -> Result<Self> {
-        let mut needs = Vec::new();
-        for job in jobs {
-            let more = [job.platform.needs(), job.scenario.needs()].concat();
-            needs.extend(
-                more.into_iter()
-                    .filter(|need| !needs.contains(need))
-                    .collect::<Vec<_>>(),
-            );
-        }
-        setup::install(&needs)?;
-        let builder = Builder::new(project)?;
-        let build = |application| {
-            let is_needed = jobs
-                .iter()
-                .any(|job| job.scenario.application == application);
-            is_needed.then(|| builder.boot_elf(application)).transpose()
-        };
-        let umbra = build(Application::Umbra)?;
-        let low_memory_callback = build(Application::LowMemoryCallback)?;
-        let mut guests = BTreeMap::new();
-        let mut configs = BTreeMap::new();
-        for scenario in jobs.iter().map(|job| &job.scenario) {
-            if let Some(source) = &scenario.source
-                && !guests.contains_key(&scenario.name)
-            {
-                guests.insert(scenario.name.clone(), builder.guest_files(source)?);
-            }
-            if let Some(config) = scenario.config(project)? {
-                let archive = config.archive(&builder)?;
-                configs.insert(scenario.name.clone(), (config, archive));
-            }
-        }
-        Ok(Self {
-            guests,
-            configs,
-            umbra,
-            low_memory_callback,
-        })
-    }
-
-    fn of(&self, application: Application) -> Result<&Path> {
-        let image = match application {
-            Application::Umbra => &self.umbra,
-            Application::LowMemoryCallback => &self.low_memory_callback,
-        };
-        image.as_deref().context("its image was not built")
-    }
-}
-
-fn run_jobs(project: &Project, jobs: Vec<Job>) -> Result<Count> {
-    if jobs.is_empty() {
-        return Ok(Count::default());
-    }
-    let images = Images::build(project, &jobs)?;
-    let queue = Mutex::new(VecDeque::from(jobs));
-    let count = Mutex::new(Count::default());
-    let next = || queue.lock().ok()?.pop_front();
-    thread::scope(|scope| {
-        for _ in 0..AT_ONCE {
-            scope.spawn(|| {
-                while let Some(job) = next() {
-                    let result = run_job(project, &images, &job);
-                    if let Ok(mut count) = count.lock() {
-                        *count += result;
-                    }
-                }
-            });
-        }
-    });
-    count.into_inner().context("a scenario's thread panicked")
-}
-
-fn run_job(project: &Project, images: &Images, job: &Job) -> Count {
-    let console = Console::new(Show::Nothing);
-    let failures = match boot(project, images, job, &console) {
-        Ok(failures) => failures,
-        Err(error) => vec![format!("{error:#}")],
-    };
-    let seconds = console.elapsed().as_secs_f32();
-    if failures.is_empty() {
-        println!("ok   {} ({seconds:.1} s)", job.name());
-        return Count {
-            passed: 1,
-            failed: 0,
-        };
-    }
-    let text = console.text();
-    let lines: Vec<_> = text.lines().collect();
-    let mut message = vec![format!("FAIL {} ({seconds:.1} s)", job.name())];
-    message.extend(failures.iter().map(|failure| format!("     {failure}")));
-    let shown = &lines[lines.len().saturating_sub(LINES_SHOWN)..];
-    message.extend(shown.iter().map(|line| format!("   | {line}")));
-    println!("{}", message.join("\n"));
-    Count {
-        passed: 0,
-        failed: 1,
-    }
-}
-
-/// Runs a scenario, and returns what is not as it should be.
-fn boot(project: &Project, images: &Images, job: &Job, console: &Console) -> Result<Vec<String>> {
-    let scenario = &job.scenario;
-    let work = project
-        .target("runs")?
-        .join(format!("{}-{}", scenario.name, job.platform));
-    fs::create_dir_all(&work)?;
-    let config = images.configs.get(&scenario.name);
-    let archive = pack_guest(images, scenario, &work)?;
-    let memory_mib = if let Some(mib) = scenario.machine_memory_mib {
-        mib
-    } else {
-        let archive = archive.as_ref().map_or(0, |(_, mib)| *mib);
-        archive
-            + match config {
-                Some((config, _)) => machine_memory_mib(config.memory()),
-                None => host_memory_mib(&scenario.memory_arguments())?,
-            }
-    };
-    let boot = Boot {
-        image: images.of(scenario.application)?,
-        arguments: &scenario.umbra_arguments(),
-        archive: archive.as_ref().map(|(path, _)| path.as_path()),
-        memory_mib,
-        clock: Clock::Time,
-        input: scenario.input(),
-        limit: Some(scenario.limit()),
-        disk: scenario.disk,
-        work: &work,
-    };
-    let ending = job.platform.run(project, &boot, console)?;
-    let text = console.text();
-    fs::write(work.join("console"), &text)?;
-    let reports = config.map_or(1, |(config, _)| config.reports());
-    let result = report::judge(ending, &text, scenario.application, reports);
-    Ok(scenario.failures(job.platform, &result, &text))
-}
-
-/// Writes the guest's archive, and returns its path and the memory that it takes in MiB.
-fn pack_guest(images: &Images, scenario: &Scenario, work: &Path) -> Result<Option<(PathBuf, u64)>> {
-    let path = work.join("guest.tar");
-    if let Some((_, archive)) = images.configs.get(&scenario.name) {
-        fs::write(&path, archive)?;
-        return Ok(Some((path, archive_memory_mib(archive))));
-    }
-    let Some(files) = images.guests.get(&scenario.name) else {
-        return Ok(None);
-    };
-    let read =
-        |path: &Path| fs::read(path).with_context(|| format!("cannot read {}", path.display()));
-    let guest = scenario.guest_bytes(read(&files.image)?)?;
-    let initrd = match (&scenario.initrd, &files.initrd) {
-        (Some(initrd), _) => Some(read(&scenario.path(initrd))?),
-        (None, Some(path)) => Some(read(path)?),
-        (None, None) => None,
-    };
-    let archive = archive::guest(&guest, initrd.as_deref())?;
-    fs::write(&path, &archive)?;
-    Ok(Some((path, archive_memory_mib(&archive))))
-}
-
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
+    use crate::platform::Platform;
 
     #[test]
     fn libtest_s_results_are_summed() {
