@@ -2,7 +2,9 @@
 
 use std::sync::atomic::Ordering;
 
-use umbra_mmu::{AccessKind, FaultOutcome, MmioTarget, MmuError, MmuPool, SlotFlags};
+use umbra_mmu::{
+    AccessKind, FaultOutcome, Marking, MmioTarget, MmuError, MmuPool, SlotFlags, TranslateError,
+};
 use x86_64::structures::idt::PageFaultErrorCode as Code;
 
 use super::reference::{Mode, Outcome, Rules};
@@ -25,6 +27,7 @@ impl Vm {
             .all(|(until, _)| *until <= self.processors[number].flushed);
         let expected = self.current(number, attempt);
         let marked = self.marked(&expected, attempt);
+        self.check_translation(number, attempt, &expected);
         for _ in 0..40 {
             let processor = &mut self.processors[number];
             let entry = match self.mmu.prepare_entry(&mut processor.cpu.vcpu) {
@@ -94,6 +97,22 @@ impl Vm {
             }
         }
         panic!("{attempt:x?} by {number} makes no progress ({expected:x?})");
+    }
+
+    /// For the emulation of an instruction the guest's tables count as they are now.
+    fn check_translation(&self, number: usize, attempt: &Try, expected: &Outcome) {
+        let vcpu = &self.processors[number].cpu.vcpu;
+        let access = attempt.access(Marking::Leave);
+        match (self.mmu.translate(vcpu, attempt.gva, &access), expected) {
+            (Ok(gpa), Outcome::Page { gfn, .. }) => {
+                assert_eq!(gpa.as_u64() >> 12, *gfn, "{attempt:x?} by {number}");
+                assert_eq!(gpa.page_offset(), attempt.gva.page_offset());
+            }
+            (Err(TranslateError::Fault(fault)), Outcome::Fault(error)) => {
+                assert_eq!(fault.error, *error, "{attempt:x?} by {number}");
+            }
+            (found, _) => panic!("{attempt:x?} by {number}: {found:x?}, not {expected:x?}"),
+        }
     }
 
     fn raise_limit(&self, pool: &MmuPool<SimHost>, error: MmuError) {
