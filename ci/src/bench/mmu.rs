@@ -176,7 +176,7 @@ fn number_before(line: &str, word: &str) -> Option<f64> {
 
 /// How far any value is from the mean, in percent of that.
 fn spread(values: &[f64]) -> f64 {
-    let mean = values.iter().sum::<f64>() / values.len() as f64;
+    let mean = values.iter().sum::<f64>() / f64::from(values.len() as u32);
     let distances = values.iter().map(|value| (value - mean).abs());
     distances.fold(0.0, f64::max) * 100.0 / mean
 }
