@@ -58,6 +58,19 @@ pub fn cpuid(guest: &mut Guest) -> Result<(), End> {
     Ok(())
 }
 
+/// VMCALL and VMMCALL: KVM's interface, of which the guest has been told no call.
+pub fn hypercall(guest: &mut Guest) -> Result<(), End> {
+    /// KVM's error number for a call that it does not know (Linux's uapi/linux/kvm_para.h).
+    const UNKNOWN_CALL: i64 = -1000;
+    if guest.vcpu.privilege_level().is_user() {
+        return guest.raise(Exception::INVALID_OPCODE);
+    }
+    let registers = guest.vcpu.registers_mut();
+    registers.set(Gpr::Rax, UNKNOWN_CALL.cast_unsigned());
+    guest.vcpu.skip_instruction();
+    Ok(())
+}
+
 /// RDMSR.
 pub fn read_msr(guest: &mut Guest, index: u32) -> Result<(), End> {
     guest.advance_time();

@@ -349,8 +349,8 @@ impl Guest {
                 Ok(())
             }
             Exit::ReadTsc => control::read_tsc(self),
-            Exit::Hypercall
-            | Exit::InvalidatePcid { .. }
+            Exit::Hypercall => control::hypercall(self),
+            Exit::InvalidatePcid { .. }
             | Exit::Monitor
             | Exit::MonitorWait
             | Exit::VirtualizationInstruction => self.raise(Exception::INVALID_OPCODE),
