@@ -14,12 +14,22 @@ use crate::guest::{self, Source};
 use crate::input::BadInput;
 use crate::project::Project;
 
+/// Which of a guest's files is meant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Part {
+    Image,
+    Initrd,
+}
+
+/// What is added to the name of a guest that this tool puts together, to name its initial RAM disk.
+const INITRD: &str = "-initrd";
+
 /// A configuration file that Umbra will accept.
 pub struct Config {
     text: String,
     options: Options,
-    /// What its guests' files are.
-    sources: BTreeMap<String, Source>,
+    /// What its guests' files are, by their names in the configuration.
+    files: BTreeMap<String, (Source, Part)>,
 }
 
 impl Config {
@@ -40,7 +50,7 @@ impl Config {
         };
         let own = guest::own(project)?;
         let directory = path.parent().unwrap_or(Path::new(""));
-        let mut sources = BTreeMap::new();
+        let mut files = BTreeMap::new();
         for guest in &options.guests {
             let image = guest.image.as_ref().or(guest.name.as_ref());
             let Some(image) = image.cloned() else {
@@ -50,17 +60,25 @@ impl Config {
                 Some(file) => Source::File(file),
                 None => Source::find(&own, &image).with_context(|| place.to_string())?,
             };
-            sources.insert(image, source);
+            files.insert(image, (source, Part::Image));
             if let Some(initrd) = &guest.initrd {
-                let file = file(directory, initrd)
-                    .ok_or_else(|| refuse(format!("there is no file {initrd}")))?;
-                sources.insert(initrd.clone(), Source::File(file));
+                let part = match (file(directory, initrd), initrd.strip_suffix(INITRD)) {
+                    (Some(file), _) => (Source::File(file), Part::Image),
+                    (None, Some(guest)) => {
+                        let source = Source::find(&own, guest);
+                        (source.with_context(|| place.to_string())?, Part::Initrd)
+                    }
+                    (None, None) => {
+                        return Err(refuse(format!("there is no file {initrd}")).into());
+                    }
+                };
+                files.insert(initrd.clone(), part);
             }
         }
         Ok(Self {
             text,
             options,
-            sources,
+            files,
         })
     }
 
@@ -80,10 +98,16 @@ impl Config {
     /// When a guest cannot be built or a file cannot be read.
     pub fn archive(&self, builder: &Builder<'_>) -> Result<Vec<u8>> {
         let mut files = Vec::new();
-        for (name, source) in &self.sources {
-            let image = builder.guest_files(source)?.image;
+        for (name, (source, part)) in &self.files {
+            let guest = builder.guest_files(source)?;
+            let path = match part {
+                Part::Image => guest.image,
+                Part::Initrd => guest
+                    .initrd
+                    .with_context(|| format!("{name}: that guest has no initial RAM disk"))?,
+            };
             let data =
-                fs::read(&image).with_context(|| format!("cannot read {}", image.display()))?;
+                fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
             files.push((guest::display_name(name), data));
         }
         let mut entries = vec![Entry {
@@ -118,7 +142,7 @@ mod tests {
             [[guest]]\nname = \"b\"\nimage = \"kernel\"\n[[guest]]\nname = \"c\"\nimage = \"hello\"\n";
         let config = read(text).unwrap();
         assert_eq!((config.reports(), config.memory()), (3, 24 << 20));
-        let names: Vec<_> = config.sources.keys().map(String::as_str).collect();
+        let names: Vec<_> = config.files.keys().map(String::as_str).collect();
         assert_eq!(names, ["hello", "kernel"]);
     }
 

@@ -62,7 +62,9 @@ fn translations_for_emulation_follow_the_guest_s_tables() {
     host.word(2, 0)
         .store((3 << 12 | 5) << 32, Ordering::Relaxed);
     let pages = [1, 2];
-    pages.iter().for_each(|page| host.touch(*page));
+    for page in pages {
+        host.touch(page);
+    }
     let translate = |gva, kind, marking| {
         let attempt = attempt(gva, kind);
         mmu.translate(&cpu.vcpu, attempt.gva, &attempt.access(marking))
