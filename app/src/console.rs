@@ -19,6 +19,8 @@ pub struct Console {
     line: Vec<u8>,
     /// How much of the line is the name.
     prefix: usize,
+    /// The last byte that was let out.
+    last: u8,
 }
 
 impl Console {
@@ -26,11 +28,13 @@ impl Console {
     pub fn new(name: Option<&str>) -> Self {
         let line = name.map_or_else(Vec::new, |name| format!("{name}| ").into_bytes());
         let prefix = line.len();
-        Self { line, prefix }
+        let last = b'\n';
+        Self { line, prefix, last }
     }
 
     fn let_out(&mut self) {
         platform::write_console(&self.line);
+        self.last = self.line.last().copied().unwrap_or(self.last);
         self.line.truncate(self.prefix);
     }
 }
@@ -57,7 +61,7 @@ impl ConsoleOutput for Console {
 impl Drop for Console {
     /// The report line must begin a line of its own.
     fn drop(&mut self) {
-        if self.line.len() > self.prefix {
+        if self.line.len() > self.prefix || self.last != b'\n' {
             self.line.push(b'\n');
             self.let_out();
         }
