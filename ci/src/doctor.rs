@@ -27,6 +27,9 @@ pub fn doctor(project: &Project) -> Result<()> {
         "VMX by software emulation, booted by GRUB",
         debian_version("bochs"),
     );
+    let disk = "SVM by software emulation, booted from the cloud's disk by";
+    platform(Platform::DiskBios, &format!("{disk} a BIOS"), None);
+    platform(Platform::DiskUefi, &format!("{disk} UEFI"), None);
     processor();
     kvm();
     match Platform::USUAL
