@@ -71,9 +71,11 @@ pub(super) fn measure(project: &Project) -> Result<Vec<Measurement>> {
         unit: "%",
         target: Some(SPREAD_TARGET),
     });
-    for kind in ["hot", "scan"] {
-        for pages in ["64", "128"] {
-            measured.extend(trace(&program, kind, pages)?);
+    for reads in [Reads::AnyPage, Reads::OnePage] {
+        for kind in ["hot", "scan"] {
+            for pages in ["64", "128"] {
+                measured.extend(trace(&program, kind, pages, reads)?);
+            }
         }
     }
     Ok(measured)
@@ -101,6 +103,11 @@ fn count(program: &Path, arguments: &[&str]) -> Result<Counted> {
     let mut command = clean("valgrind");
     command
         .args(["--tool=callgrind", "--callgrind-out-file=/dev/null"])
+        // Each round of a repeated instruction counts, so memory is better cleared in another way.
+        .env(
+            "GLIBC_TUNABLES",
+            "glibc.cpu.x86_rep_stosb_threshold=1000000",
+        )
         .arg("--toggle-collect=cost::measured*")
         .arg(program)
         .args(arguments);
@@ -181,13 +188,34 @@ fn spread(values: &[f64]) -> f64 {
     distances.fold(0.0, f64::max) * 100.0 / mean
 }
 
-/// Faults of a guest with fewer pages than it needs, by both policies, and what the best of all, which
-/// knows the future, could not avoid.
-fn trace(program: &Path, kind: &str, pages: &str) -> Result<[Measurement; 4]> {
+/// Which page of a region of 2 MiB a trace reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Reads {
+    /// Any: a table that was taken away costs the faults of all its pages.
+    AnyPage,
+    /// Always the same, without prefetch: each fault is a table that was missing. The best of all
+    /// policies cannot meet the target here, so none is set.
+    OnePage,
+}
+
+/// Faults of a guest with fewer pages than it needs, by both policies, and the tables that the best of
+/// all, which knows the future, could not avoid to make.
+fn trace(program: &Path, kind: &str, pages: &str, reads: Reads) -> Result<[Measurement; 4]> {
+    let (table, options, target) = match reads {
+        Reads::AnyPage => (
+            "victims, 100,000 reads of any page",
+            ["any", "8"],
+            Some(CLOCK_TARGET),
+        ),
+        Reads::OnePage => (
+            "victims, 100,000 reads of one page a region",
+            ["one", "1"],
+            None,
+        ),
+    };
     let run = |policy: &str| {
         let mut command = clean(program);
-        // Always the same page of a region, and no prefetch: each fault is a table that was missing.
-        command.args(["trace", kind, pages, policy, "one", "1"]);
+        command.args(["trace", kind, pages, policy]).args(options);
         Step::new("counting a trace's faults").run(&mut command)
     };
     let number = |output: &str, word: &str| {
@@ -197,7 +225,7 @@ fn trace(program: &Path, kind: &str, pages: &str) -> Result<[Measurement; 4]> {
     let optimum = number(&clock, "by")?;
     let (fifo, clock) = (number(&fifo, "faults")?, number(&clock, "faults")?);
     let measurement = |name: &str, value, unit, target| Measurement {
-        table: "victims, 100,000 reads".to_owned(),
+        table: table.to_owned(),
         name: format!("{kind} trace, {pages} pages, {name}"),
         value,
         unit,
@@ -207,8 +235,8 @@ fn trace(program: &Path, kind: &str, pages: &str) -> Result<[Measurement; 4]> {
     Ok([
         measurement("FIFO", fifo, "faults", None),
         measurement("CLOCK", clock, "faults", None),
-        measurement("the optimum", optimum, "faults", None),
-        measurement("CLOCK of FIFO", share, "%", Some(CLOCK_TARGET)),
+        measurement("the optimum", optimum, "tables", None),
+        measurement("CLOCK of FIFO", share, "%", target),
     ])
 }
 
