@@ -121,10 +121,11 @@ fn end(code: i32) -> Stop {
 fn write_buffer(guest: &mut Guest, parameters: Gpa) -> Result<(), Stop> {
     let [address, length] = words(take(guest, parameters)?);
     check_length(guest, length)?;
-    let mut text = buffer(length);
-    read(guest, Gpa::new(address), &mut text)?;
-    print(guest, &text);
-    Ok(())
+    let address = Gpa::new(address);
+    if !guest.paging.is_ram(address, length as usize) {
+        return Err(no_ram(guest, address, length as usize));
+    }
+    print_ram(guest, address, length)
 }
 
 /// Parameters: file descriptor of 4 bytes, address (guest-virtual) and length of 8 each.
@@ -136,20 +137,43 @@ fn write_file(guest: &mut Guest, parameters: Gpa) -> Result<(), Stop> {
         return Ok(());
     }
     check_length(guest, length)?;
-    let mut text = buffer(length);
-    let mut rest = text.as_mut_slice();
-    let mut at = Gva::new(address);
-    while !rest.is_empty() {
-        let in_page = (PAGE_SIZE - at.page_offset()) as usize;
-        let (part, after) = rest.split_at_mut(in_page.min(rest.len()));
-        let translated = guest.paging.translate(&*guest.vcpu, at, AccessKind::Read);
-        let physical = translated
-            .map_err(|fault| Stop::Exception(Exception::page_fault(fault.gva, fault.error)))?;
-        read(guest, physical, part)?;
-        at = at.wrapping_add(part.len() as u64);
-        rest = after;
+    // A fault repeats the instruction, so nothing is printed before all of the text is there.
+    for pass in [Pass::Check, Pass::Print] {
+        let mut done = 0;
+        while done < length {
+            let at = Gva::new(address).wrapping_add(done);
+            let part = (PAGE_SIZE - at.page_offset()).min(length - done);
+            let translated = guest.paging.translate(&*guest.vcpu, at, AccessKind::Read);
+            let physical = translated
+                .map_err(|fault| Stop::Exception(Exception::page_fault(fault.gva, fault.error)))?;
+            if !guest.paging.is_ram(physical, part as usize) {
+                return Err(no_ram(guest, physical, part as usize));
+            }
+            if pass == Pass::Print {
+                print_ram(guest, physical, part)?;
+            }
+            done += part;
+        }
     }
-    print(guest, &text);
+    Ok(())
+}
+
+/// What is done with the pages of a text.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Pass {
+    Check,
+    Print,
+}
+
+/// Prints a text piece by piece: the guest says how long it is, so it must not cost memory.
+fn print_ram(guest: &mut Guest, at: Gpa, length: u64) -> Result<(), Stop> {
+    const PIECE: u64 = 256;
+    let mut bytes = [0; PIECE as usize];
+    for done in (0..length).step_by(PIECE as usize) {
+        let piece = &mut bytes[..PIECE.min(length - done) as usize];
+        read(guest, offset(at, done), piece)?;
+        print(guest, piece);
+    }
     Ok(())
 }
 
@@ -225,10 +249,6 @@ fn check_length(guest: &Guest, length: u64) -> Result<(), Stop> {
     Err(Stop::End(guest.unsupported(format!(
         "a hypercall prints {length:#x} bytes; {LONGEST_TEXT:#x} is the most at once"
     ))))
-}
-
-fn buffer(length: u64) -> Vec<u8> {
-    alloc::vec![0; length as usize]
 }
 
 fn offset(at: Gpa, by: u64) -> Gpa {
