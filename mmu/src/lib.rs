@@ -191,6 +191,7 @@ mod error;
 mod fast;
 mod fault;
 mod host;
+mod inspect;
 mod level;
 mod lock;
 mod mmu;
@@ -216,6 +217,9 @@ pub use config::{
 pub use error::{MmuError, NoPageAvailable};
 pub use fault::{FaultOutcome, MmioTarget};
 pub use host::{Frames, GuestMemory, Host, OutOfMemory, SlotId, TlbFlush, Touch, Zone};
+pub use inspect::{
+    GuestEnd, GuestEntry, Inspection, Permission, Permissions, ShadowEnd, ShadowEntry, ShadowKind,
+};
 pub use level::Level;
 pub use mmu::{Accessed, HardwareRoot, Mmu, RootChange, TranslateError, Vcpu};
 pub use pool::{MmuPool, Shrunk};

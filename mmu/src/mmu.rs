@@ -70,6 +70,18 @@ impl Vcpu {
     pub fn pkru(&self) -> Pkru {
         self.pkru
     }
+
+    pub(crate) const fn index(&self) -> usize {
+        self.index
+    }
+
+    pub(crate) const fn paging(&self) -> &GuestPaging {
+        &self.paging
+    }
+
+    pub(crate) const fn root_key(&self) -> &RootKey {
+        &self.root_key
+    }
 }
 
 /// Whether the hardware has another root now.

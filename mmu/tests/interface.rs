@@ -205,3 +205,96 @@ fn errors_say_what_and_how_much() {
         assert_eq!(error.to_string(), text);
     }
 }
+
+#[test]
+fn an_inspection_shows_both_paths_and_changes_nothing() {
+    let (mmu, host) = mmu();
+    let mut cpu = Cpu::new(&mmu);
+    mmu.load_registers(&mut cpu.vcpu, legacy());
+    // Linear address 0x1000 is read-only in frame 3, 0x2000 in no frame, 0x3000 beyond memory.
+    let entries: [u64; 2] = [(3 << 12 | 5) << 32, (PAGES << 12 | 7) << 32];
+    host.word(1, 0).store(2 << 12 | 7, Ordering::Relaxed);
+    host.word(2, 0).store(entries[0], Ordering::Relaxed);
+    host.word(2, 1).store(entries[1], Ordering::Relaxed);
+    for page in [1, 2, 3] {
+        host.touch(page);
+    }
+    let inspect = |cpu: &Cpu, gva| mmu.inspect(&cpu.vcpu, Gva::new(gva));
+    let before = inspect(&cpu, 0x1_0000_1008);
+    assert_eq!(before.gva, Gva::new(0x1008), "32 bits count");
+    let directory = before.guest[1].unwrap();
+    assert_eq!(
+        (directory.at, directory.value),
+        (Gpa::new(0x1000), 2 << 12 | 7)
+    );
+    let table = before.guest[0].unwrap();
+    assert_eq!((table.at, table.index), (Gpa::new(0x2004), 1));
+    let permits = Permissions {
+        write: Permission::Denied,
+        user: Permission::Granted,
+        execute: Permission::Granted,
+    };
+    let page = GuestEnd::Page {
+        gpa: Gpa::new(0x3008),
+        level: Level::One,
+        permits,
+    };
+    assert_eq!(before.guest_end, page);
+    assert_eq!(before.shadow_end, ShadowEnd::NoRoot);
+
+    mmu.prepare_entry(&mut cpu.vcpu).unwrap();
+    assert_eq!(
+        inspect(&cpu, 0x1008).shadow_end,
+        ShadowEnd::Empty(Level::Two)
+    );
+    let fault = |gva| attempt(gva, AccessKind::Read).fault(Code::USER_MODE);
+    let fixed = mmu.handle_page_fault(&mut cpu.vcpu, &fault(0x1008));
+    assert_eq!(fixed, Ok(FaultOutcome::Fixed));
+    let marked = host.word(1, 0).load(Ordering::Relaxed);
+    let after = inspect(&cpu, 0x1008);
+    let ShadowEnd::Page {
+        level,
+        permits: shadow,
+        ..
+    } = after.shadow_end
+    else {
+        panic!("{after:?}");
+    };
+    assert_eq!((level, shadow), (Level::One, permits));
+    let leaf = after.shadow[0].unwrap();
+    assert_eq!(
+        (leaf.gfn, leaf.index, leaf.kind),
+        (Gfn::new(2), 1, ShadowKind::Synced)
+    );
+    assert_eq!(after.shadow[1].unwrap().gfn, Gfn::new(1));
+
+    let missing = inspect(&cpu, 0x2000);
+    assert_eq!(missing.guest_end, GuestEnd::NotPresent(Level::One));
+    assert_eq!(missing.shadow_end, ShadowEnd::Empty(Level::One));
+    let device = mmu.handle_page_fault(&mut cpu.vcpu, &fault(0x3000));
+    assert!(matches!(device, Ok(FaultOutcome::Mmio { .. })));
+    assert_eq!(inspect(&cpu, 0x3000).shadow_end, ShadowEnd::Mmio);
+    assert_eq!(host.word(1, 0).load(Ordering::Relaxed), marked);
+    mmu.audit().unwrap();
+}
+
+#[test]
+fn an_inspection_tells_addresses_and_entries_that_no_processor_takes() {
+    let (mmu, host) = mmu();
+    let mut cpu = Cpu::new(&mmu);
+    mmu.load_registers(
+        &mut cpu.vcpu,
+        PagingRegisters {
+            cr4: Cr4Flags::PHYSICAL_ADDRESS_EXTENSION,
+            efer: EferFlags::LONG_MODE_ENABLE,
+            ..legacy()
+        },
+    );
+    let end = |gva| mmu.inspect(&cpu.vcpu, Gva::new(gva)).guest_end;
+    host.touch(1);
+    host.word(1, 0).store(2 << 12 | 7, Ordering::Relaxed);
+    host.word(1, 256).store(1 << 7 | 1, Ordering::Relaxed);
+    assert_eq!(end(0x8000_0000_0000), GuestEnd::NotCanonical);
+    assert_eq!(end(0xffff_8000_0000_0000), GuestEnd::Malformed(Level::Four));
+    assert_eq!(end(0x1000), GuestEnd::NotPresent(Level::Three));
+}
