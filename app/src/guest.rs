@@ -12,6 +12,7 @@ use alloc::format;
 use alloc::string::String;
 use alloc::sync::Arc;
 
+use umbra_inspect::ExitLog;
 use umbra_machine::processor::cpuid::CpuidPolicy;
 use umbra_machine::{Machine, Shutdown};
 use umbra_mmu::{Mmu, MmuError, RootChange};
@@ -108,6 +109,8 @@ pub struct Guest {
     pub report: Report,
     /// How often it exited, for each of the reasons.
     pub exits: ExitCounts,
+    /// What it exited for last.
+    pub exit_log: ExitLog,
     /// The time-stamp counter at which the watchdog ends it.
     pub deadline: Option<u64>,
     /// The time-stamp counter at its first turn.
@@ -229,6 +232,7 @@ impl Guest {
 
         let exit = self.vcpu.run(&mut self.paging)?;
         self.exits[reason(&exit)] += 1;
+        self.exit_log.record(self.vcpu.registers().rip, exit);
         self.check_deadline()?;
         self.handle(&exit)?;
 

@@ -5,6 +5,7 @@ use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
 
+use umbra_inspect::ExitLog;
 use umbra_loader::{BootClock, Format, LoadError, LoadRequest, MemoryMap, Module};
 use umbra_machine::devices::fw_cfg::{E820Entry, FwCfg};
 use umbra_machine::processor::cpuid::CpuidPolicy;
@@ -200,6 +201,7 @@ fn prepare(
         cpuid,
         report,
         exits: ExitCounts::default(),
+        exit_log: ExitLog::default(),
         deadline,
         start: None,
         halted: Halted::No,

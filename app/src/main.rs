@@ -31,6 +31,7 @@ mod physical;
 #[allow(unsafe_code, reason = "the edge to the kernel")]
 mod platform;
 mod ports;
+mod post_mortem;
 mod pressure;
 mod protection_keys;
 mod schedule;

@@ -5,9 +5,10 @@
 
 use alloc::sync::Arc;
 
+use umbra_inspect::GuestView;
 use umbra_mmu::{
-    Access, AccessKind, Cr3, Fault, FaultOutcome, InvalidPdpte, Marking, Mmu, MmuError, PageFault,
-    PagingRegisters, Pkru, RootChange, TranslateError, Vcpu as PagingVcpu,
+    Access, AccessKind, Cr3, Fault, FaultOutcome, GuestEnd, Inspection, InvalidPdpte, Marking, Mmu,
+    MmuError, PageFault, PagingRegisters, Pkru, RootChange, TranslateError, Vcpu as PagingVcpu,
 };
 use umbra_vcpu::address::{Gpa, Gva, PAGE_SIZE};
 use umbra_vcpu::instruction::MAX_LENGTH;
@@ -243,6 +244,31 @@ impl CodeReader for Paging {
                 .host()
                 .ram()
                 .read(gpa, &mut buffer[done..done + part]);
+            done += part;
+        }
+        done
+    }
+}
+
+impl GuestView for Paging {
+    fn inspect(&self, gva: Gva) -> Inspection {
+        self.mmu.inspect(&self.vcpu, gva)
+    }
+
+    fn read(&self, gva: Gva, buffer: &mut [u8]) -> usize {
+        let mut done = 0;
+        while done < buffer.len() {
+            let address = gva.wrapping_add(done as u64);
+            let (GuestEnd::Page { gpa, .. } | GuestEnd::Unpaged { gpa }) =
+                self.inspect(address).guest_end
+            else {
+                break;
+            };
+            let part = part_in_page(address, buffer.len() - done);
+            if !self.is_ram(gpa, part) {
+                break;
+            }
+            self.read_ram(gpa, &mut buffer[done..done + part]);
             done += part;
         }
         done

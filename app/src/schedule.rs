@@ -12,7 +12,7 @@ use umbra_report::{ExitCode, Report};
 use crate::alarm::Alarm;
 use crate::guest::{Guest, Halted, Turn};
 use crate::launch::Launcher;
-use crate::{platform, pressure};
+use crate::{platform, post_mortem, pressure};
 
 /// A guest's time slice in microseconds.
 const TIME_SLICE: u64 = 10_000;
@@ -67,7 +67,11 @@ impl<'a> Schedule<'a> {
                     Turn::Ended(end) => {
                         everyone_waits = false;
                         let Running { guest, index, run } = self.running.remove(place);
+                        let post_mortem = post_mortem::page(&guest, &end);
                         let report = guest.finish(end);
+                        if let Some(page) = post_mortem {
+                            platform::write_console(page.as_bytes());
+                        }
                         if let Some(next) = self.ended(report, index, run) {
                             self.running.insert(place, next);
                         }
