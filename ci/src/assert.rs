@@ -9,6 +9,7 @@ use anyhow::{Context, Result};
 use clap::Args;
 use quick_junit::{NonSuccessKind, TestCase, TestCaseStatus, TestSuite};
 use serde::Serialize;
+use umbra_report::Report;
 
 use crate::input::BadInput;
 use crate::jobs::{self, Job, Verdict};
@@ -113,6 +114,7 @@ struct Entry<'a> {
     passed: bool,
     seconds: f64,
     failures: &'a [String],
+    reports: &'a [Report],
 }
 
 fn json(verdicts: &[Verdict]) -> Result<String> {
@@ -124,6 +126,7 @@ fn json(verdicts: &[Verdict]) -> Result<String> {
             passed: verdict.is_pass(),
             seconds: verdict.time.as_secs_f64(),
             failures: &verdict.failures,
+            reports: &verdict.reports,
         })
         .collect();
     Ok(serde_json::to_string_pretty(&entries)? + "\n")
@@ -137,6 +140,8 @@ fn write(path: &Path, text: &str) -> Result<()> {
 mod tests {
     use std::time::Duration;
 
+    use umbra_report::Outcome;
+
     use super::*;
 
     fn verdict(name: &str, failures: &[&str]) -> Verdict {
@@ -149,6 +154,7 @@ mod tests {
             },
             time: Duration::from_millis(1500),
             failures: failures.iter().map(|&failure| failure.to_owned()).collect(),
+            reports: vec![Report::new(name, Outcome::Failed, "")],
             console: "a <guest>\u{1b}[1m\n".into(),
         }
     }
@@ -169,6 +175,7 @@ mod tests {
             (&true.into(), &false.into())
         );
         assert_eq!(json[1]["failures"][0], "exit code 1, expected 0");
+        assert_eq!(json[1]["reports"][0]["outcome"], "failed");
     }
 
     #[test]

@@ -27,6 +27,9 @@ pub fn doctor(project: &Project) -> Result<()> {
         "VMX by software emulation, booted by GRUB",
         debian_version("bochs"),
     );
+    let iso = "SVM by software emulation, booted from the ISO by";
+    platform(Platform::IsoBios, &format!("{iso} a BIOS"), None);
+    platform(Platform::IsoUefi, &format!("{iso} UEFI"), None);
     let disk = "SVM by software emulation, booted from the cloud's disk by";
     platform(Platform::DiskBios, &format!("{disk} a BIOS"), None);
     platform(Platform::DiskUefi, &format!("{disk} UEFI"), None);
@@ -106,7 +109,7 @@ fn kvm() {
             };
             yes(
                 "kvm",
-                &format!("runs guests and offers them {nested}; `run` emulates all the same"),
+                &format!("runs guests and offers them {nested}: `--on qemu-kvm` is the fastest"),
             );
         }
         Err(reason) => {

@@ -35,31 +35,43 @@ pub enum Core {
     BiosCd,
     /// By a BIOS, from a disk's BIOS boot partition.
     BiosDisk,
-    /// By UEFI, as a program on the EFI partition.
+    /// By UEFI, as a program on a disk's EFI partition.
     Uefi,
+    /// By UEFI, as a program on a CD's EFI image.
+    UefiCd,
 }
 
 impl Core {
+    /// What it is called below `target/grub`.
+    fn name(self) -> &'static str {
+        match self {
+            Self::BiosCd => "bios-cd",
+            Self::BiosDisk => "bios-disk",
+            Self::Uefi => "uefi",
+            Self::UefiCd => "uefi-cd",
+        }
+    }
+
     fn format(self) -> &'static str {
         match self {
             Self::BiosCd => "i386-pc-eltorito",
             Self::BiosDisk => "i386-pc",
-            Self::Uefi => "x86_64-efi",
+            Self::Uefi | Self::UefiCd => "x86_64-efi",
         }
     }
 
     fn directory(self) -> &'static str {
         match self {
             Self::BiosCd | Self::BiosDisk => BIOS,
-            Self::Uefi => UEFI,
+            Self::Uefi | Self::UefiCd => UEFI,
         }
     }
 
     /// Where the core finds its script.
     fn prefix(self) -> &'static str {
         match self {
-            // On the CD or the partition that the core itself was read from.
-            Self::BiosCd | Self::Uefi => "/boot/grub",
+            // On the CD, the partition or the EFI image that the core itself was read from.
+            Self::BiosCd | Self::Uefi | Self::UefiCd => "/boot/grub",
             // On the second partition of the disk that the BIOS booted.
             Self::BiosDisk => "(,gpt2)/boot/grub",
         }
@@ -70,6 +82,7 @@ impl Core {
             Self::BiosCd => &["biosdisk", "iso9660"],
             Self::BiosDisk => &["biosdisk", "part_gpt", "fat"],
             Self::Uefi => &["part_gpt", "fat"],
+            Self::UefiCd => &["fat", "iso9660", "search", "search_fs_file", "configfile"],
         }
     }
 
@@ -90,8 +103,8 @@ impl Core {
             "halt",
         ];
         let directory = project.target("grub")?;
-        let core = directory.join(format!("{}.img", self.format()));
-        let stamp = directory.join(format!("{}.stamp", self.format()));
+        let core = directory.join(format!("{}.img", self.name()));
+        let stamp = directory.join(format!("{}.stamp", self.name()));
         let words = [&[self.prefix()], self.modules(), MODULES].concat();
         let made_of = words.join(" ");
         let source = Path::new(self.directory()).join("moddep.lst");

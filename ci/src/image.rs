@@ -74,7 +74,7 @@ impl ValueEnum for Format {
             ),
             Self::Iso => (
                 "iso",
-                "An ISO image that boots by GRUB on a BIOS, from CD or USB",
+                "An ISO image that boots on a BIOS and on UEFI, from CD or USB",
             ),
             Self::Disk(disk::Format::Raw) => ("raw", "A raw disk that boots on a BIOS and on UEFI"),
             Self::Disk(disk::Format::Qcow2) => (

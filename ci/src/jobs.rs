@@ -8,11 +8,12 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use umbra_report::Report;
 
 use crate::archive;
 use crate::build::{Application, Builder, GuestFiles};
 use crate::config::Config;
-use crate::platform::{Boot, Clock, Console, Platform, Show};
+use crate::platform::{Boot, Console, Platform, Show};
 use crate::project::Project;
 use crate::report;
 use crate::run::{archive_memory_mib, host_memory_mib, machine_memory_mib};
@@ -114,6 +115,8 @@ pub struct Verdict {
     pub time: Duration,
     /// What is not as it should be; nothing if it passed.
     pub failures: Vec<String>,
+    /// Umbra's reports.
+    pub reports: Vec<Report>,
     /// What the machine printed.
     pub console: String,
 }
@@ -180,21 +183,32 @@ pub fn run(project: &Project, jobs: Vec<Job>) -> Result<Vec<Verdict>> {
 
 fn run_one(project: &Project, images: &Images, job: Job) -> Verdict {
     let console = Console::new(Show::Nothing);
-    let failures = match boot(project, images, &job, &console) {
-        Ok(failures) => failures,
-        Err(error) => vec![format!("{error:#}")],
+    let (failures, reports) = match boot(project, images, &job, &console) {
+        Ok(result) => (
+            job.scenario
+                .failures(job.platform, &result, &console.text()),
+            result.reports,
+        ),
+        Err(error) => (vec![format!("{error:#}")], Vec::new()),
     };
     Verdict {
         job,
         time: console.elapsed(),
         failures,
+        reports,
         console: console.text(),
     }
 }
 
-/// Runs a scenario, and returns what is not as it should be.
-fn boot(project: &Project, images: &Images, job: &Job, console: &Console) -> Result<Vec<String>> {
+/// Runs a scenario to its end.
+fn boot(
+    project: &Project,
+    images: &Images,
+    job: &Job,
+    console: &Console,
+) -> Result<report::Result> {
     let scenario = &job.scenario;
+    job.platform.ensure_possible()?;
     let work = project
         .target("runs")?
         .join(format!("{}-{}", scenario.name, job.platform));
@@ -216,7 +230,8 @@ fn boot(project: &Project, images: &Images, job: &Job, console: &Console) -> Res
         arguments: &scenario.umbra_arguments(),
         archive: archive.as_ref().map(|(path, _)| path.as_path()),
         memory_mib,
-        clock: Clock::Time,
+        hardware: scenario.hardware(),
+        clock: scenario.clock,
         input: scenario.input(),
         limit: Some(scenario.limit()),
         disk: scenario.disk,
@@ -226,8 +241,7 @@ fn boot(project: &Project, images: &Images, job: &Job, console: &Console) -> Res
     let text = console.text();
     fs::write(work.join("console"), &text)?;
     let reports = config.map_or(1, |(config, _)| config.reports());
-    let result = report::judge(ending, &text, scenario.application, reports);
-    Ok(scenario.failures(job.platform, &result, &text))
+    Ok(report::judge(ending, &text, scenario.application, reports))
 }
 
 /// Writes the guest's archive, and returns its path and the memory that it takes in MiB.

@@ -13,7 +13,7 @@ use crate::config::Config;
 use crate::disk;
 use crate::guest::{self, Source};
 use crate::input::BadInput;
-use crate::platform::{Boot, Clock, Console, Platform, Show};
+use crate::platform::{Boot, Clock, Console, Hardware, Platform, Show};
 use crate::project::Project;
 use crate::report;
 use crate::setup;
@@ -51,6 +51,8 @@ pub struct Options {
     /// A device that the guest has besides the usual ones: testdev [default: what the guest needs]
     #[arg(long, value_name = "NAME")]
     device: Option<String>,
+    #[command(flatten)]
+    hardware: Hardware,
     /// Write the report as JSON to this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -77,6 +79,8 @@ pub fn run(project: &Project, options: &Options) -> Result<u8> {
         Some(config) => machine_memory_mib(config.memory()),
         None => host_memory_mib(&arguments)?,
     };
+    options.hardware.check(options.on)?;
+    options.on.ensure_possible()?;
     let initrd = options.initrd.as_deref().map(read).transpose()?;
 
     setup::install(&options.on.needs())?;
@@ -116,6 +120,7 @@ pub fn run(project: &Project, options: &Options) -> Result<u8> {
         arguments: &arguments,
         archive: archive.as_deref(),
         memory_mib,
+        hardware: options.hardware.clone(),
         clock: Clock::Time,
         input: Input::User,
         limit: None,

@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::num::NonZeroU8;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -18,7 +19,7 @@ use crate::disk;
 use crate::guest::{self, Guest, Source};
 use crate::input::BadInput;
 use crate::keys::{self, Keys, LEAF};
-use crate::platform::Platform;
+use crate::platform::{Clock, Hardware, Platform};
 use crate::project::Project;
 use crate::report;
 use crate::setup::Need;
@@ -65,6 +66,15 @@ pub struct Scenario {
     device: Option<String>,
     /// The whole machine's memory in MiB, instead of what is comfortable for the guest's.
     pub machine_memory_mib: Option<u64>,
+    /// QEMU's machine, as in `q35` or `microvm,acpi=off`.
+    machine: Option<String>,
+    /// QEMU's processor, as in `EPYC,+svm,-pdpe1gb`.
+    cpu: Option<String>,
+    /// How many processors the machine has, of which Umbra uses one.
+    smp: Option<NonZeroU8>,
+    /// What the machine's clock follows: the time, or the instructions that are executed.
+    #[serde(default)]
+    pub clock: Clock,
     /// The most shadow pages that the guest may use.
     mmu_pages: Option<u64>,
     /// After how many seconds Umbra shall stop the guest.
@@ -117,6 +127,10 @@ const KEYS: Keys = Keys(&[
     ("disk", LEAF),
     ("device", LEAF),
     ("machine_memory_mib", LEAF),
+    ("machine", LEAF),
+    ("cpu", LEAF),
+    ("smp", LEAF),
+    ("clock", LEAF),
     ("mmu_pages", LEAF),
     ("watchdog", LEAF),
     ("arguments", LEAF),
@@ -249,6 +263,10 @@ impl Scenario {
             disk: disk::Format::Raw,
             device: guest.device.clone(),
             machine_memory_mib: None,
+            machine: None,
+            cpu: None,
+            smp: None,
+            clock: Clock::Time,
             mmu_pages: None,
             watchdog: (guest.expect_exit_code == ExitCode::Watchdog.as_u8())
                 .then_some(GUEST_WATCHDOG_SECONDS),
@@ -302,6 +320,10 @@ impl Scenario {
             .to_string_lossy()
             .into_owned();
         scenario.directory = path.parent().unwrap_or(Path::new("")).to_path_buf();
+        for &platform in &scenario.platforms {
+            let checked = scenario.hardware().check(platform);
+            checked.map_err(|error| BadInput(format!("{}: {error}", path.display())))?;
+        }
         let known = fields(&Report::new("", Outcome::Succeeded, ""));
         let expectations = scenario.reports.values().chain([&scenario.report]);
         for field in expectations
@@ -335,8 +357,7 @@ impl Scenario {
 
     /// What must be installed besides what its platforms need.
     pub fn needs(&self) -> Vec<Need> {
-        let boots_disk = |platform: &Platform| !Platform::USUAL.contains(platform);
-        if self.platforms.iter().any(boots_disk) {
+        if self.platforms.iter().any(|platform| platform.has_disk()) {
             self.disk.needs()
         } else {
             Vec::new()
@@ -387,6 +408,15 @@ impl Scenario {
         match &self.source {
             Some(source) => source.command_line(self.append.as_deref()),
             None => self.append.clone(),
+        }
+    }
+
+    /// What the machine is made of.
+    pub fn hardware(&self) -> Hardware {
+        Hardware {
+            machine: self.machine.clone(),
+            cpu: self.cpu.clone(),
+            processors: self.smp,
         }
     }
 
@@ -446,11 +476,10 @@ impl Scenario {
             failures.push(format!("the console has `{text}`"));
         }
         for report in &result.reports {
-            if report
-                .driver
-                .is_some_and(|driver| driver != platform.driver())
+            if let (Some(driver), Some(expected)) = (report.driver, platform.driver())
+                && driver != expected
             {
-                failures.push(format!("driver {:?} ran the guest", report.driver));
+                failures.push(format!("driver {driver:?} ran the guest"));
             }
             failures.extend(report_failures(&self.report, report));
         }

@@ -77,7 +77,12 @@ pub fn for_iso() -> Vec<Need> {
         Need::new(
             "/usr/lib/grub/i386-pc/cdboot.img",
             "grub-pc-bin",
-            "is the ISO's boot loader",
+            "is the ISO's boot loader for BIOS machines",
+        ),
+        Need::new(
+            "/usr/lib/grub/x86_64-efi/moddep.lst",
+            "grub-efi-amd64-bin",
+            "is the ISO's boot loader for UEFI machines",
         ),
         Need::new("xorriso", "xorriso", "writes ISO images"),
     ]

@@ -1,5 +1,6 @@
 //! `cargo xtask test`: the host tests, then every scenario on each of its platforms.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::env;
 use std::ffi::OsString;
 use std::ops::AddAssign;
@@ -92,6 +93,7 @@ pub fn test(project: &Project, options: &Options) -> Result<u8> {
         }
     }
     let mut count = host_tests(project, filter, length)?;
+    let jobs = possible(jobs);
     let scenarios = jobs.len();
     match jobs::run(project, jobs) {
         Ok(verdicts) => count += Count::of(&verdicts),
@@ -138,6 +140,22 @@ fn select(mut jobs: Vec<Job>, filter: &str, length: Length) -> Selected {
         skipped: matching - jobs.len(),
         jobs,
     }
+}
+
+/// The jobs that this host can run; the others are named, with the reason.
+fn possible(jobs: Vec<Job>) -> Vec<Job> {
+    let platforms: BTreeSet<_> = jobs.iter().map(|job| job.platform).collect();
+    let obstacles: BTreeMap<_, _> = platforms
+        .into_iter()
+        .filter_map(|platform| Some((platform, platform.obstacle()?)))
+        .collect();
+    let (impossible, possible): (Vec<_>, Vec<_>) = jobs
+        .into_iter()
+        .partition(|job| obstacles.contains_key(&job.platform));
+    for job in impossible {
+        println!("skip {}: {}", job.name(), obstacles[&job.platform]);
+    }
+    possible
 }
 
 /// The error of a filter that matches nothing: what the user may have meant.

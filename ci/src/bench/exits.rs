@@ -12,7 +12,7 @@ use crate::archive;
 use crate::build::{Application, Builder};
 use crate::disk;
 use crate::guest::{self, Source};
-use crate::platform::{Boot, Clock, Console, Ending, Platform, Show};
+use crate::platform::{Boot, Clock, Console, Ending, Hardware, Platform, Show};
 use crate::project::Project;
 use crate::run::{archive_memory_mib, host_memory_mib};
 use crate::setup;
@@ -85,6 +85,7 @@ fn boot(project: &Project, platform: Platform, image: &Path, archive: &[u8]) -> 
         arguments: &arguments,
         archive: Some(&path),
         memory_mib: host_memory_mib(&[])? + archive_memory_mib(archive),
+        hardware: Hardware::default(),
         clock: Clock::Instructions,
         input: Input::Script(&[]),
         limit: Some(LIMIT),

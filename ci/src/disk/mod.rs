@@ -8,17 +8,18 @@
 //! The same input gives the same bytes: identifiers and dates are fixed. Every image is read back
 //! before it is handed out.
 
+pub mod fat;
 mod format;
 mod verify;
 mod vhd;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{Cursor, Read, Seek, SeekFrom, Write};
+use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use fatfs::{Date, DateTime, FatType, FormatVolumeOptions, FsOptions, Time, TimeProvider};
+use fatfs::FatType;
 use gpt::mbr::{PartRecord, ProtectiveMBR};
 use gpt::partition::Partition;
 use gpt::partition_types;
@@ -239,62 +240,9 @@ fn embedded_core(core: &[u8]) -> Result<Vec<u8>> {
 
 /// The EFI partition's bytes.
 fn efi_partition(files: &[(String, Vec<u8>)]) -> Result<Vec<u8>> {
-    let mut volume = vec![0; usize::try_from(EFI_PARTITION.length())?];
-    let options = FormatVolumeOptions::new()
-        .fat_type(FatType::Fat32)
-        .bytes_per_cluster(512)
-        .volume_id(0x756d_6272)
-        .volume_label(*b"UMBRA      ");
-    fatfs::format_volume(Cursor::new(&mut volume), options)?;
-    let options = FsOptions::new().time_provider(&FIXED_TIME);
-    let file_system = fatfs::FileSystem::new(Cursor::new(&mut volume), options)?;
-    let root = file_system.root_dir();
-    for directory in [
-        "EFI",
-        "EFI/BOOT",
-        "boot",
-        "boot/grub",
-        "umbra",
-        "umbra/guests",
-    ] {
-        root.create_dir(directory)?;
-    }
-    for (path, data) in files {
-        root.create_file(path)
-            .and_then(|mut file| file.write_all(data))
-            .with_context(|| format!("{path} does not fit the disk"))?;
-    }
-    drop(root);
-    file_system.unmount()?;
-    Ok(volume)
-}
-
-/// 1 January 2000: any fixed date makes images reproducible.
-#[derive(Debug)]
-struct FixedTime;
-
-static FIXED_TIME: FixedTime = FixedTime;
-
-impl TimeProvider for FixedTime {
-    fn get_current_date(&self) -> Date {
-        Date {
-            year: 2000,
-            month: 1,
-            day: 1,
-        }
-    }
-
-    fn get_current_date_time(&self) -> DateTime {
-        DateTime {
-            date: self.get_current_date(),
-            time: Time {
-                hour: 0,
-                min: 0,
-                sec: 0,
-                millis: 0,
-            },
-        }
-    }
+    // Where users put their guests, whether there are any.
+    let directories = ["umbra", "umbra/guests"];
+    fat::volume(FatType::Fat32, EFI_PARTITION.length(), &directories, files)
 }
 
 /// Writes `data` at `start`, and leaves holes where whole blocks are zero.

@@ -4,6 +4,7 @@
 //! never taken for an exit code.
 
 mod bochs;
+mod hardware;
 mod qemu;
 
 use std::fmt;
@@ -12,12 +13,14 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use clap::ValueEnum;
 use umbra_report::Driver;
 
-use self::qemu::Firmware;
+pub use self::hardware::Hardware;
+use self::qemu::{Accelerator, Firmware};
 use crate::disk;
+use crate::kvm;
 use crate::project::Project;
 use crate::setup::{self, Need};
 use crate::typing::Input;
@@ -28,12 +31,18 @@ use crate::typing::Input;
 pub enum Platform {
     /// QEMU's software emulation of an AMD CPU with SVM
     Qemu,
-    /// Bochs's emulation of an Intel CPU with VMX, booted by GRUB from an ISO image
-    Bochs,
+    /// QEMU with KVM and this host's own processor, if it has nested virtualization
+    QemuKvm,
+    /// The ISO image in QEMU, booted by a BIOS
+    IsoBios,
+    /// The ISO image in QEMU, booted by UEFI
+    IsoUefi,
     /// The disk image in QEMU, booted by a BIOS
     DiskBios,
     /// The disk image in QEMU, booted by UEFI
     DiskUefi,
+    /// Bochs's emulation of an Intel CPU with VMX, booted by GRUB from an ISO image
+    Bochs,
 }
 
 impl Platform {
@@ -42,19 +51,51 @@ impl Platform {
 
     /// What must be installed.
     pub fn needs(self) -> Vec<Need> {
+        let qemu = setup::for_qemu();
         match self {
-            Self::Qemu => setup::for_qemu(),
+            Self::Qemu | Self::QemuKvm => qemu,
+            Self::IsoBios => [qemu, setup::for_iso()].concat(),
+            Self::IsoUefi => [qemu, setup::for_iso(), setup::for_uefi()].concat(),
+            Self::DiskBios => [qemu, setup::for_disk()].concat(),
+            Self::DiskUefi => [qemu, setup::for_disk(), setup::for_uefi()].concat(),
             Self::Bochs => setup::for_bochs(),
-            Self::DiskBios => [setup::for_qemu(), setup::for_disk()].concat(),
-            Self::DiskUefi => [setup::for_qemu(), setup::for_disk(), setup::for_uefi()].concat(),
         }
     }
 
-    /// The driver that Umbra must have run its guest with.
-    pub fn driver(self) -> Driver {
+    /// Why this host cannot boot on the platform, whatever is installed, and what would help.
+    pub fn obstacle(self) -> Option<String> {
         match self {
-            Self::Qemu | Self::DiskBios | Self::DiskUefi => Driver::Svm,
-            Self::Bochs => Driver::Vmx,
+            Self::QemuKvm => kvm::preflight()
+                .err()
+                .map(|reason| format!("{reason}; {}", reason.fix())),
+            _ => None,
+        }
+    }
+
+    /// The driver that Umbra must have run its guest with; none where that is the host's to say.
+    pub fn driver(self) -> Option<Driver> {
+        match self {
+            Self::Qemu | Self::IsoBios | Self::IsoUefi | Self::DiskBios | Self::DiskUefi => {
+                Some(Driver::Svm)
+            }
+            Self::Bochs => Some(Driver::Vmx),
+            Self::QemuKvm => None,
+        }
+    }
+
+    /// Whether the platform boots the disk image.
+    pub fn has_disk(self) -> bool {
+        matches!(self, Self::DiskBios | Self::DiskUefi)
+    }
+
+    /// Checks that there is no obstacle.
+    ///
+    /// # Errors
+    /// With the obstacle.
+    pub fn ensure_possible(self) -> Result<()> {
+        match self.obstacle() {
+            None => Ok(()),
+            Some(obstacle) => bail!("{self} cannot run here: {obstacle}"),
         }
     }
 
@@ -64,10 +105,13 @@ impl Platform {
     /// When the platform cannot be started at all.
     pub fn run(self, project: &Project, boot: &Boot<'_>, console: &Console) -> Result<Ending> {
         match self {
-            Self::Qemu => qemu::run(boot, console),
-            Self::Bochs => bochs::run(project, boot, console),
+            Self::Qemu => qemu::run(Accelerator::Emulation, boot, console),
+            Self::QemuKvm => qemu::run(Accelerator::Kvm, boot, console),
+            Self::IsoBios => qemu::run_iso(project, Firmware::Bios, boot, console),
+            Self::IsoUefi => qemu::run_iso(project, Firmware::Uefi, boot, console),
             Self::DiskBios => qemu::run_disk(project, Firmware::Bios, boot, console),
             Self::DiskUefi => qemu::run_disk(project, Firmware::Uefi, boot, console),
+            Self::Bochs => bochs::run(project, boot, console),
         }
     }
 }
@@ -76,9 +120,12 @@ impl fmt::Display for Platform {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Qemu => "qemu",
-            Self::Bochs => "bochs",
+            Self::QemuKvm => "qemu-kvm",
+            Self::IsoBios => "iso-bios",
+            Self::IsoUefi => "iso-uefi",
             Self::DiskBios => "disk-bios",
             Self::DiskUefi => "disk-uefi",
+            Self::Bochs => "bochs",
         })
     }
 }
@@ -93,6 +140,8 @@ pub struct Boot<'a> {
     pub archive: Option<&'a Path>,
     /// The emulated machine's memory in MiB: the guest's, and what Umbra and Hermit need.
     pub memory_mib: u64,
+    /// What else the machine is made of.
+    pub hardware: Hardware,
     /// What the machine's clock follows.
     pub clock: Clock,
     /// What is typed at the console.
@@ -106,9 +155,11 @@ pub struct Boot<'a> {
 }
 
 /// What an emulated machine's clock follows. Bochs's always counts instructions.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Clock {
     /// The time that passes.
+    #[default]
     Time,
     /// The instructions that are executed, one a nanosecond.
     Instructions,

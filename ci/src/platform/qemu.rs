@@ -1,6 +1,7 @@
-//! QEMU's software emulation: boots the ELF by its PVH entry, with SVM as the CPU offers it.
+//! QEMU, by software emulation with SVM as the CPU offers it, or by KVM. It boots the ELF by its PVH
+//! entry, or an ISO image or a disk by firmware.
 //!
-//! Umbra ends by `isa-debug-exit`: writing `code` ends QEMU with `(code << 1) | 1`.
+//! The ELF ends by `isa-debug-exit`: writing `code` ends QEMU with `(code << 1) | 1`.
 
 use std::fs;
 use std::path::Path;
@@ -12,38 +13,60 @@ use anyhow::{Context, Result};
 use super::{Boot, Clock, Console, Ending};
 use crate::command::clean;
 use crate::grub::Content;
+use crate::iso;
 use crate::project::Project;
 use crate::report;
 use crate::setup::{UEFI_CODE, UEFI_VARIABLES};
 use crate::typing::End;
 
-pub(super) fn run(boot: &Boot<'_>, console: &Console) -> Result<Ending> {
-    run_command(command(boot), boot, console, exit_code_of)
+pub(super) fn run(accelerator: Accelerator, boot: &Boot<'_>, console: &Console) -> Result<Ending> {
+    let command = kernel_command(accelerator, boot);
+    run_command(command, boot, console, |status, _| exit_code(status))
 }
 
-/// Boots a disk as the cloud image is one: a machine without `isa-debug-exit`, which Umbra powers off
-/// by ACPI after its line `exit status N`.
+/// Boots the ISO image from a CD.
+pub(super) fn run_iso(
+    project: &Project,
+    firmware: Firmware,
+    boot: &Boot<'_>,
+    console: &Console,
+) -> Result<Ending> {
+    let iso = boot.work.join("umbra.iso");
+    iso::write(project, &content(boot), boot.work, &iso)?;
+    let mut command = machine("pc", Accelerator::Emulation, boot);
+    add_firmware(&mut command, firmware, boot)?;
+    command.arg("-cdrom").arg(iso);
+    run_command(command, boot, console, exit_code_on_console)
+}
+
+/// Boots a disk as the cloud image is one.
 pub(super) fn run_disk(
     project: &Project,
     firmware: Firmware,
     boot: &Boot<'_>,
     console: &Console,
 ) -> Result<Ending> {
-    let content = Content {
+    let image = boot.disk.make(project, &content(boot), boot.work)?;
+    let disk = boot.disk.bootable(image)?;
+    let mut command = machine("q35", Accelerator::Emulation, boot);
+    add_firmware(&mut command, firmware, boot)?;
+    // What the guest of a cloud writes is no concern of the image.
+    let drive = format!(
+        "if=virtio,snapshot=on,format={},file={}",
+        boot.disk.qemu_name(),
+        disk.display()
+    );
+    command.arg("-drive").arg(drive);
+    run_command(command, boot, console, exit_code_on_console)
+}
+
+fn content<'a>(boot: &'a Boot<'_>) -> Content<'a> {
+    Content {
         boot: boot.image,
         kernel_arguments: &[],
         arguments: boot.arguments,
         archive: boot.archive,
-    };
-    let image = boot.disk.make(project, &content, boot.work)?;
-    let disk = boot.disk.bootable(image)?;
-    let command = disk_command(firmware, &disk, boot)?;
-    run_command(command, boot, console, |status, console| {
-        status
-            .success()
-            .then(|| report::exit_status(&console.text()))
-            .flatten()
-    })
+    }
 }
 
 /// Runs QEMU to its end; `code` says what its status means.
@@ -105,19 +128,31 @@ pub(super) enum Firmware {
     Uefi,
 }
 
-/// The machine without what it boots.
-fn machine(boot: &Boot<'_>) -> Command {
+/// What executes the machine's instructions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Accelerator {
+    /// QEMU.
+    Emulation,
+    /// The host's processor.
+    Kvm,
+}
+
+/// The machine without what it boots; `kind` is QEMU's name for it, unless the user chose another.
+fn machine(kind: &str, accelerator: Accelerator, boot: &Boot<'_>) -> Command {
+    let (name, processor) = match accelerator {
+        Accelerator::Emulation => ("tcg", "EPYC,+svm"),
+        Accelerator::Kvm => ("kvm", "host"),
+    };
+    let hardware = &boot.hardware;
     let mut command = clean("qemu-system-x86_64");
-    command.args([
-        "-accel",
-        "tcg",
-        "-cpu",
-        "EPYC,+svm",
-        "-nodefaults",
-        "-no-reboot",
-    ]);
+    command.args(["-machine", hardware.machine.as_deref().unwrap_or(kind)]);
+    command.args(["-cpu", hardware.cpu.as_deref().unwrap_or(processor)]);
+    command.args(["-accel", name, "-nodefaults", "-no-reboot"]);
     command.arg("-m").arg(format!("{}M", boot.memory_mib));
     command.args(["-display", "none", "-serial", "stdio"]);
+    if let Some(processors) = hardware.processors {
+        command.arg("-smp").arg(processors.to_string());
+    }
     match boot.clock {
         Clock::Time => {}
         Clock::Instructions => {
@@ -127,9 +162,7 @@ fn machine(boot: &Boot<'_>) -> Command {
     command
 }
 
-fn disk_command(firmware: Firmware, disk: &Path, boot: &Boot<'_>) -> Result<Command> {
-    let mut command = machine(boot);
-    command.args(["-machine", "q35"]);
+fn add_firmware(command: &mut Command, firmware: Firmware, boot: &Boot<'_>) -> Result<()> {
     if firmware == Firmware::Uefi {
         let variables = boot.work.join("variables.fd");
         fs::copy(UEFI_VARIABLES, &variables)?;
@@ -141,18 +174,11 @@ fn disk_command(firmware: Firmware, disk: &Path, boot: &Boot<'_>) -> Result<Comm
             .arg(flash(Path::new(UEFI_CODE), "readonly=on,"));
         command.arg("-drive").arg(flash(&variables, ""));
     }
-    // What the guest of a cloud writes is no concern of the image.
-    let drive = format!(
-        "if=virtio,snapshot=on,format={},file={}",
-        boot.disk.qemu_name(),
-        disk.display()
-    );
-    command.arg("-drive").arg(drive);
-    Ok(command)
+    Ok(())
 }
 
-fn command(boot: &Boot<'_>) -> Command {
-    let mut command = machine(boot);
+fn kernel_command(accelerator: Accelerator, boot: &Boot<'_>) -> Command {
+    let mut command = machine("pc", accelerator, boot);
     command.args(["-device", "isa-debug-exit,iobase=0xf4,iosize=4"]);
     command.arg("-kernel").arg(boot.image);
     command
@@ -164,13 +190,18 @@ fn command(boot: &Boot<'_>) -> Command {
     command
 }
 
+/// Umbra's exit code on a machine without `isa-debug-exit`, which it powers off by ACPI after its line
+/// `exit status N`.
+fn exit_code_on_console(status: ExitStatus, console: &Console) -> Option<u8> {
+    status
+        .success()
+        .then(|| report::exit_status(&console.text()))
+        .flatten()
+}
+
 /// Umbra's exit code; `None` when QEMU ended for another reason. A triple fault of the host ends
 /// QEMU with 0 (`-no-reboot`), which is even and so never a code; 1 alone is QEMU's own error status
 /// as well as code 0, which is why success also needs the report line.
-fn exit_code_of(status: ExitStatus, _: &Console) -> Option<u8> {
-    exit_code(status)
-}
-
 fn exit_code(status: ExitStatus) -> Option<u8> {
     let status = u8::try_from(status.code()?).ok()?;
     (status & 1 == 1).then_some(status >> 1)
