@@ -24,6 +24,7 @@ use umbra_vcpu::{EntryFailure, Flush, Vcpu};
 use crate::alarm::Alarm;
 use crate::memory::GuestHost;
 use crate::paging::Paging;
+use crate::shortage::Shortage;
 use crate::uhyve::Uhyve;
 use crate::{control, mmio, platform, ports, protection_keys, timestamp};
 
@@ -107,6 +108,8 @@ pub struct Guest {
     pub cpuid: CpuidPolicy,
     /// What it has done so far.
     pub report: Report,
+    /// What happens when it needs more shadow pages at once than it may have.
+    pub shortage: Shortage,
     /// How often it exited, for each of the reasons.
     pub exits: ExitCounts,
     /// What it exited for last.
@@ -213,7 +216,10 @@ impl Guest {
         report.first_entry_tsc = start;
         report.tsc_ticks = ticks;
         report.nanoseconds = Some(timestamp::nanoseconds_in_ticks(ticks));
-        report.mmu = counters(self.paging.mmu());
+        report.mmu = MmuCounters {
+            mmu_limit_raised: self.shortage.raised(),
+            ..counters(self.paging.mmu())
+        };
         report.unknown_ports = self.machine.unknown_ports().total();
         report.unknown_msrs = self.machine.unknown_msrs().total();
         report
@@ -221,7 +227,13 @@ impl Guest {
 
     /// Enters the guest once and handles its exit.
     fn step(&mut self, alarm: &mut Alarm, until: u64) -> Result<Progress, End> {
-        let root = self.paging.prepare_entry()?;
+        let root = match self.paging.prepare_entry() {
+            Ok(root) => root,
+            Err(error) => {
+                self.shortage.resolve(self.paging.mmu(), error)?;
+                return Ok(Progress::Continues);
+            }
+        };
         if root.change == RootChange::Changed {
             self.vcpu.set_shadow_paging(root.paging);
             self.vcpu.flush(Flush::All);
@@ -381,8 +393,15 @@ impl Guest {
         error_code: x86_64::structures::idt::PageFaultErrorCode,
     ) -> Result<(), End> {
         use umbra_mmu::FaultOutcome;
-        match self.paging.handle_fault(&*self.vcpu, address, error_code)? {
-            FaultOutcome::Fixed => Ok(()),
+        let outcome = match self.paging.handle_fault(&*self.vcpu, address, error_code) {
+            Ok(outcome) => outcome,
+            Err(error) => return Ok(self.shortage.resolve(self.paging.mmu(), error)?),
+        };
+        match outcome {
+            FaultOutcome::Fixed => {
+                let mmu = self.paging.mmu();
+                Ok(self.shortage.fixed(mmu, self.vcpu.registers())?)
+            }
             FaultOutcome::Inject(fault) => {
                 self.raise(Exception::page_fault(fault.gva, fault.error))
             }
@@ -528,5 +547,6 @@ fn counters(mmu: &Arc<Mmu<GuestHost>>) -> MmuCounters {
         tlb_flush: statistics.tlb_flush,
         mmu_pages_used: statistics.mmu_pages_used,
         mmu_pages_limit: statistics.mmu_pages_limit,
+        mmu_limit_raised: 0,
     }
 }

@@ -10,8 +10,8 @@ use umbra_loader::{BootClock, Format, LoadError, LoadRequest, MemoryMap, Module}
 use umbra_machine::devices::fw_cfg::{E820Entry, FwCfg};
 use umbra_machine::processor::cpuid::CpuidPolicy;
 use umbra_machine::{Configuration, Machine, TimeBase, acpi};
-use umbra_mmu::MmuConfig;
-use umbra_report::options::{Device, GuestOptions, Options};
+use umbra_mmu::{MmuConfig, VictimPolicy};
+use umbra_report::options::{Device, GuestOptions, MmuPolicy, Options};
 use umbra_report::{ExitCode, Outcome, Report};
 use umbra_vcpu::address::{Gfn, PAGE_SIZE};
 
@@ -23,6 +23,7 @@ use crate::memory::{GuestHost, LoaderRam, RamRange};
 use crate::paging::Paging;
 use crate::physical::HostAddressSpace;
 use crate::schedule::Schedule;
+use crate::shortage::Shortage;
 use crate::uhyve::Uhyve;
 use crate::{archive, control, entry, platform, pressure, timestamp};
 
@@ -159,6 +160,10 @@ fn prepare(
             || umbra_mmu::default_limit(guest_pages),
             |pages| pages as usize,
         ),
+        victims: match options.mmu_policy {
+            MmuPolicy::Clock => VictimPolicy::Clock,
+            MmuPolicy::Fifo => VictimPolicy::Fifo,
+        },
         ..MmuConfig::default()
     };
     let slots: Vec<_> = host.memory_slots().collect();
@@ -200,6 +205,7 @@ fn prepare(
         uhyve,
         cpuid,
         report,
+        shortage: Shortage::new(options.on_exhausted, config.limit),
         exits: ExitCounts::default(),
         exit_log: ExitLog::default(),
         deadline,

@@ -35,6 +35,7 @@ mod post_mortem;
 mod pressure;
 mod protection_keys;
 mod schedule;
+mod shortage;
 #[allow(unsafe_code, reason = "measuring it needs ports")]
 mod timestamp;
 mod uhyve;

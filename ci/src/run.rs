@@ -34,7 +34,7 @@ pub struct Options {
     guest: Option<String>,
     /// Several guests, as this umbra.toml describes them; its guests are Umbra's own by name, or files
     /// beside it
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["guest", "initrd", "append", "memory", "mmu_pages"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["guest", "initrd", "append", "memory", "mmu_pages", "mmu_policy", "on_exhausted"])]
     config: Option<PathBuf>,
     /// A file to pass to the guest as its initrd or first module
     #[arg(long, value_name = "FILE", requires = "guest")]
@@ -48,6 +48,13 @@ pub struct Options {
     /// The most shadow pages that the guest may use [default: 1/50 of its pages]
     #[arg(long, value_name = "N")]
     mmu_pages: Option<String>,
+    /// Which shadow pages go first when there are too many: clock or fifo [default: clock]
+    #[arg(long, value_name = "NAME")]
+    mmu_policy: Option<String>,
+    /// What happens when the guest needs more shadow pages at once than it may use: stop or raise
+    /// [default: stop]
+    #[arg(long, value_name = "DO")]
+    on_exhausted: Option<String>,
     /// A device that the guest has besides the usual ones: testdev [default: what the guest needs]
     #[arg(long, value_name = "NAME")]
     device: Option<String>,
@@ -164,6 +171,8 @@ fn arguments(options: &Options, source: Option<&Source>) -> Vec<String> {
                 .map(str::to_owned),
         ),
         ("--mmu-pages", options.mmu_pages.clone()),
+        ("--mmu-policy", options.mmu_policy.clone()),
+        ("--on-exhausted", options.on_exhausted.clone()),
         (
             "--device",
             options

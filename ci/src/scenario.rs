@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
+use serde_json::{Map, Value};
 use umbra_report::{ExitCode, Outcome, Report};
 
 use crate::build::Application;
@@ -77,6 +78,10 @@ pub struct Scenario {
     pub clock: Clock,
     /// The most shadow pages that the guest may use.
     mmu_pages: Option<u64>,
+    /// Which shadow pages go first when there are too many: `clock` or `fifo`.
+    mmu_policy: Option<String>,
+    /// What happens when the guest needs more at once: `stop` or `raise`.
+    on_exhausted: Option<String>,
     /// After how many seconds Umbra shall stop the guest.
     watchdog: Option<u64>,
     /// More arguments for Umbra, which nobody checks before.
@@ -108,6 +113,9 @@ pub struct Scenario {
     /// What the fields must be for a guest by name.
     #[serde(default)]
     reports: BTreeMap<String, BTreeMap<String, Expectation>>,
+    /// How large fields of a report must be beside others.
+    #[serde(default)]
+    ratio: Vec<Ratio>,
     /// The directory of the file.
     #[serde(skip)]
     directory: PathBuf,
@@ -132,6 +140,8 @@ const KEYS: Keys = Keys(&[
     ("smp", LEAF),
     ("clock", LEAF),
     ("mmu_pages", LEAF),
+    ("mmu_policy", LEAF),
+    ("on_exhausted", LEAF),
     ("watchdog", LEAF),
     ("arguments", LEAF),
     ("long", LEAF),
@@ -143,6 +153,7 @@ const KEYS: Keys = Keys(&[
     ("report", LEAF),
     ("constant", LEAF),
     ("reports", LEAF),
+    ("ratio", LEAF),
 ]);
 
 fn everywhere() -> Vec<Platform> {
@@ -188,6 +199,7 @@ impl Edit {
 #[serde(untagged)]
 enum Expectation {
     Text(String),
+    OneOf(Vec<String>),
     Number(u64),
     Bounds(Bounds),
 }
@@ -201,8 +213,28 @@ struct Bounds {
     max: u64,
 }
 
+impl Bounds {
+    fn hold(&self, number: u64) -> bool {
+        (self.min..=self.max).contains(&number)
+    }
+}
+
 fn no_bound() -> u64 {
     u64::MAX
+}
+
+/// How large one field of a report must be beside another.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Ratio {
+    /// The guest; every guest, unless one is named.
+    guest: Option<String>,
+    /// The one field.
+    of: String,
+    /// The other, which must not be 0.
+    to: String,
+    /// How much of the other the one must be.
+    percent: Bounds,
 }
 
 /// How long a guest runs that must be stopped.
@@ -268,6 +300,8 @@ impl Scenario {
             smp: None,
             clock: Clock::Time,
             mmu_pages: None,
+            mmu_policy: None,
+            on_exhausted: None,
             watchdog: (guest.expect_exit_code == ExitCode::Watchdog.as_u8())
                 .then_some(GUEST_WATCHDOG_SECONDS),
             arguments: Vec::new(),
@@ -281,6 +315,7 @@ impl Scenario {
             report: BTreeMap::new(),
             constant: Vec::new(),
             reports: BTreeMap::new(),
+            ratio: Vec::new(),
             directory: PathBuf::new(),
         }
     }
@@ -329,9 +364,15 @@ impl Scenario {
         for field in expectations
             .flat_map(BTreeMap::keys)
             .chain(&scenario.constant)
-            .filter(|field| !field.starts_with("exits."))
+            .chain(
+                scenario
+                    .ratio
+                    .iter()
+                    .flat_map(|ratio| [&ratio.of, &ratio.to]),
+            )
         {
-            if !known.contains_key(field) {
+            let (outer, _) = field.split_once('.').unwrap_or((field, ""));
+            if !known.contains_key(outer) {
                 let hint = keys::suggestion(field, known.keys().map(String::as_str));
                 let place = path.display();
                 let message = format!("{place}: the report has no field `{field}`; {hint}");
@@ -381,6 +422,8 @@ impl Scenario {
             ("--append", self.command_line()),
             ("--memory", self.memory().map(str::to_owned)),
             ("--mmu-pages", self.mmu_pages.map(|pages| pages.to_string())),
+            ("--mmu-policy", self.mmu_policy.clone()),
+            ("--on-exhausted", self.on_exhausted.clone()),
             ("--device", self.device.clone()),
             (
                 "--timeout",
@@ -489,11 +532,24 @@ impl Scenario {
                 None => failures.push(format!("there is no report of {guest}")),
             }
         }
+        for ratio in &self.ratio {
+            let is_meant = |report: &&Report| {
+                ratio
+                    .guest
+                    .as_ref()
+                    .is_none_or(|guest| *guest == report.guest)
+            };
+            let mut reports = result.reports.iter().filter(is_meant).peekable();
+            if reports.peek().is_none() {
+                failures.push(format!("there is no report for {ratio:?}"));
+            }
+            failures.extend(reports.filter_map(|report| ratio_failure(ratio, report)));
+        }
         for field in &self.constant {
             let values: BTreeSet<_> = result
                 .reports
                 .iter()
-                .filter_map(|report| Some(fields(report).get(field)?.to_string()))
+                .filter_map(|report| Some(find(&fields(report), field)?.to_string()))
                 .collect();
             if values.len() > 1 {
                 let values = Vec::from_iter(values).join(", ");
@@ -509,20 +565,16 @@ impl Scenario {
 
 fn report_failures(expectations: &BTreeMap<String, Expectation>, report: &Report) -> Vec<String> {
     let values = fields(report);
-    let exits = values.get("exits").and_then(serde_json::Value::as_object);
     let mut failures = Vec::new();
     for (field, expected) in expectations {
-        let value = match field.strip_prefix("exits.") {
-            Some(reason) => exits.and_then(|exits| exits.get(reason)),
-            None => values.get(field),
-        };
-        let number = value.and_then(serde_json::Value::as_u64);
+        let value = find(&values, field);
+        let number = value.and_then(Value::as_u64);
+        let text = value.and_then(Value::as_str);
         let is_met = match expected {
-            Expectation::Text(text) => value.and_then(serde_json::Value::as_str) == Some(text),
+            Expectation::Text(expected) => text == Some(expected),
+            Expectation::OneOf(expected) => expected.iter().any(|one| text == Some(one)),
             Expectation::Number(expected) => number == Some(*expected),
-            Expectation::Bounds(bounds) => {
-                number.is_some_and(|number| (bounds.min..=bounds.max).contains(&number))
-            }
+            Expectation::Bounds(bounds) => number.is_some_and(|number| bounds.hold(number)),
         };
         if !is_met {
             let value = value.map_or("nothing".to_owned(), ToString::to_string);
@@ -535,9 +587,41 @@ fn report_failures(expectations: &BTreeMap<String, Expectation>, report: &Report
     failures
 }
 
-fn fields(report: &Report) -> serde_json::Map<String, serde_json::Value> {
+/// What is wrong about a ratio in a report, if anything is.
+fn ratio_failure(ratio: &Ratio, report: &Report) -> Option<String> {
+    let values = fields(report);
+    let number = |field| find(&values, field).and_then(Value::as_u64);
+    let (of, to) = (number(&ratio.of), number(&ratio.to));
+    let percent = of.zip(to).and_then(|(of, to)| {
+        let percent = (u128::from(of) * 100).checked_div(u128::from(to))?;
+        u64::try_from(percent).ok()
+    });
+    let is_met = percent.is_some_and(|percent| ratio.percent.hold(percent));
+    (!is_met).then(|| {
+        let shown = |number: Option<u64>| number.map_or("nothing".to_owned(), |n| n.to_string());
+        format!(
+            "the report of {} has {} as {} beside {} as {}, expected {:?} percent",
+            report.guest,
+            shown(of),
+            ratio.of,
+            shown(to),
+            ratio.to,
+            ratio.percent
+        )
+    })
+}
+
+/// A field of a report, where `a.b` is the field `b` of the object `a`.
+fn find<'a>(fields: &'a Map<String, Value>, name: &str) -> Option<&'a Value> {
+    match name.split_once('.') {
+        Some((outer, inner)) => find(fields.get(outer)?.as_object()?, inner),
+        None => fields.get(name),
+    }
+}
+
+fn fields(report: &Report) -> Map<String, Value> {
     match serde_json::to_value(report) {
-        Ok(serde_json::Value::Object(fields)) => fields,
+        Ok(Value::Object(fields)) => fields,
         other => unreachable!("a report is a JSON object, not {other:?}"),
     }
 }
@@ -648,6 +732,43 @@ mod tests {
             scenario.failures(Platform::Qemu, &result(6, None), ""),
             ["there is no report"]
         );
+    }
+
+    #[test]
+    fn fields_are_compared_with_others() {
+        let text = "exit_code = 0\n[report]\noutcome = [\"failed\", \"succeeded\"]\n\
+                    \"exhausted.pinned\" = 4\n\
+                    [[ratio]]\nof = \"tlb_flush\"\nto = \"mmu_recycled\"\npercent = { max = 6 }\n";
+        let scenario = parse(text).unwrap();
+        let mut report = Report::new("x", Outcome::Succeeded, "");
+        report.exhausted = Some(umbra_report::Exhausted {
+            needed: 1,
+            used: 4,
+            limit: 4,
+            pinned: 4,
+        });
+        (report.mmu.tlb_flush, report.mmu.mmu_recycled) = (6, 100);
+        let failures = |report: &Report| {
+            scenario
+                .failures(Platform::Qemu, &result(0, Some(report.clone())), "")
+                .len()
+        };
+        assert_eq!(failures(&report), 0);
+        report.mmu.tlb_flush = 7;
+        assert_eq!(failures(&report), 1);
+        report.mmu.mmu_recycled = 0;
+        report.exhausted = None;
+        report.outcome = Outcome::Reset;
+        assert_eq!(failures(&report), 3);
+        let other = parse(
+            "exit_code = 0\n[[ratio]]\nguest = \"y\"\nof = \"run\"\nto = \"run\"\npercent = {}",
+        );
+        let failures = other
+            .unwrap()
+            .failures(Platform::Qemu, &result(0, Some(report)), "");
+        assert_eq!(failures.len(), 1, "there is no guest y");
+        let unknown = "exit_code = 0\n[[ratio]]\nof = \"tlb\"\nto = \"run\"\npercent = {}";
+        assert!(parse(unknown).is_err());
     }
 
     #[test]

@@ -11,7 +11,7 @@
 use crate::arena::Storage;
 use crate::budget::Budget;
 use crate::config::MmuConfig;
-use crate::error::MmuError;
+use crate::error::{MmuError, NoPageAvailable};
 use crate::fault::{FAULT_PAGES, FaultOutcome, Step};
 use crate::host::{Host, SlotId, Touch, Zone};
 use crate::level::{ENTRIES, Level};
@@ -772,6 +772,11 @@ impl<H: Host> Mmu<H> {
     /// Shadow pages that the VM may hold.
     pub fn limit(&self) -> usize {
         self.state.lock().limit
+    }
+
+    /// The state of a VM that needs `needed` pages more than it holds.
+    pub fn shortage(&self, needed: usize) -> NoPageAvailable {
+        self.locked(|core| core.no_page_available(needed))
     }
 
     /// Shadow pages that the VM holds.

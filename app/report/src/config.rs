@@ -43,25 +43,29 @@ pub fn merge(text: &str, command_line: &[String]) -> Result<Vec<String>, ConfigE
 }
 
 /// The keys that stand at the top.
-const TOP: [&str; 9] = [
+const TOP: [&str; 11] = [
     "image",
     "initrd",
     "append",
     "memory",
     "mmu-pages",
+    "mmu-policy",
+    "on-exhausted",
     "device",
     "repeat",
     "timeout",
     "guest",
 ];
 /// The keys of a guest.
-const GUEST: [&str; 9] = [
+const GUEST: [&str; 11] = [
     "name",
     "image",
     "initrd",
     "append",
     "memory",
     "mmu-pages",
+    "mmu-policy",
+    "on-exhausted",
     "device",
     "repeat",
     "timeout",

@@ -22,7 +22,12 @@ Umbra runs guests, whose files the boot loader passes as modules or in one tar a
   --initrd FILE      the boot module that is its initial RAM disk or first module
   --append TEXT      its command line
   --memory SIZE      its RAM: bytes, or a number with K, M or G (default: 64M)
-  --mmu-pages N      limit on its shadow pages (default: 1/50 of its pages, at least 64)
+  --mmu-pages N      limit on its shadow pages (default: 1/50 of its pages, at least 64); with fewer
+                     than 64 it may need more at once than it may have
+  --mmu-policy NAME  which shadow pages go first when there are too many: clock, those that are used
+                     least, or fifo, the oldest (default: clock)
+  --on-exhausted DO  what happens when it needs more shadow pages at once than it may have: stop, or
+                     raise, to let it have them (default: stop)
   --device NAME      a device that it has besides the usual ones: testdev, which kernels that test
                      themselves know as QEMU's pc-testdev (default: none)
   --repeat N         start it again when it has ended, until it has run so often or failed (default: 1)
@@ -39,8 +44,9 @@ pub const DEFAULT_MEMORY: u64 = 64 << 20;
 pub const MINIMUM_MEMORY: u64 = 2 << 20;
 /// The most RAM that a guest may have, in bytes.
 pub const MAXIMUM_MEMORY: u64 = 512 << 30;
-/// The least number of shadow pages (KVM's `KVM_MIN_ALLOC_MMU_PAGES`).
-pub const MINIMUM_MMU_PAGES: u64 = 64;
+/// The least number of shadow pages. A guest with fewer than 64 (KVM's `KVM_MIN_ALLOC_MMU_PAGES`) may
+/// need more for one instruction.
+pub const MINIMUM_MMU_PAGES: u64 = 1;
 /// The largest number of shadow pages.
 pub const MAXIMUM_MMU_PAGES: u64 = 1 << 30;
 /// The most runs of a guest.
@@ -93,6 +99,10 @@ pub struct GuestOptions {
     pub memory: u64,
     /// The limit on its shadow pages, if one was given.
     pub mmu_pages: Option<u64>,
+    /// Which shadow pages go first when there are too many.
+    pub mmu_policy: MmuPolicy,
+    /// What happens when it needs more shadow pages at once than it may have.
+    pub on_exhausted: OnExhausted,
     /// The device that it has besides the usual ones, if it has one.
     pub device: Option<Device>,
     /// How often it shall run, one run after the other, while it succeeds.
@@ -110,11 +120,31 @@ impl Default for GuestOptions {
             append: String::new(),
             memory: DEFAULT_MEMORY,
             mmu_pages: None,
+            mmu_policy: MmuPolicy::Clock,
+            on_exhausted: OnExhausted::Stop,
             device: None,
             repeat: 1,
             timeout: None,
         }
     }
+}
+
+/// Which shadow pages go first.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum MmuPolicy {
+    /// Those that are used least.
+    Clock,
+    /// The oldest.
+    Fifo,
+}
+
+/// What happens to a guest that needs more shadow pages at once than it may have.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum OnExhausted {
+    /// It ends with [`crate::Outcome::NoMmuPages`].
+    Stop,
+    /// Its limit is raised to what it needs, and it goes on.
+    Raise,
 }
 
 /// A device that not every guest has.
@@ -133,6 +163,8 @@ pub(crate) enum Name {
     Append,
     Memory,
     MmuPages,
+    MmuPolicy,
+    OnExhausted,
     Device,
     Repeat,
     Timeout,
@@ -140,13 +172,15 @@ pub(crate) enum Name {
 }
 
 impl Name {
-    pub(crate) const ALL: [Self; 10] = [
+    pub(crate) const ALL: [Self; 12] = [
         Self::Guest,
         Self::Image,
         Self::Initrd,
         Self::Append,
         Self::Memory,
         Self::MmuPages,
+        Self::MmuPolicy,
+        Self::OnExhausted,
         Self::Device,
         Self::Repeat,
         Self::Timeout,
@@ -161,6 +195,8 @@ impl Name {
             Self::Append => "--append",
             Self::Memory => "--memory",
             Self::MmuPages => "--mmu-pages",
+            Self::MmuPolicy => "--mmu-policy",
+            Self::OnExhausted => "--on-exhausted",
             Self::Device => "--device",
             Self::Repeat => "--repeat",
             Self::Timeout => "--timeout",
@@ -177,6 +213,8 @@ impl Name {
             Self::Append => "a text, as in --append \"quiet\"",
             Self::Memory => "a size, as in --memory 256M",
             Self::MmuPages => "a number, as in --mmu-pages 1024",
+            Self::MmuPolicy => "clock or fifo, as in --mmu-policy fifo",
+            Self::OnExhausted => "stop or raise, as in --on-exhausted raise",
             Self::Device => "a device, as in --device testdev",
             Self::Repeat => "a number, as in --repeat 100",
             Self::Timeout => "seconds, as in --timeout 30",
@@ -291,6 +329,20 @@ fn set(options: &mut GuestOptions, name: Name, value: &str) -> Result<(), Option
             let pages = number(name, value)?;
             check_range(name, value, pages, MINIMUM_MMU_PAGES, MAXIMUM_MMU_PAGES)?;
             options.mmu_pages = Some(pages);
+        }
+        Name::MmuPolicy => {
+            options.mmu_policy = match value {
+                "clock" => MmuPolicy::Clock,
+                "fifo" => MmuPolicy::Fifo,
+                _ => return Err(bad_value(name, value, "there is no such policy")),
+            };
+        }
+        Name::OnExhausted => {
+            options.on_exhausted = match value {
+                "stop" => OnExhausted::Stop,
+                "raise" => OnExhausted::Raise,
+                _ => return Err(bad_value(name, value, "that cannot be done")),
+            };
         }
         Name::Device => match value {
             "testdev" => options.device = Some(Device::TestDevice),
@@ -680,13 +732,21 @@ mod tests {
 
     #[test]
     fn numbers_have_bounds() {
-        assert!(error(&["--mmu-pages", "63"]).contains("from 64 to 1073741824"));
+        assert!(error(&["--mmu-pages", "0"]).contains("from 1 to 1073741824"));
         assert!(error(&["--timeout", "31536001"]).contains("from 0 to 31536000"));
         assert!(error(&["--repeat=0"]).contains("from 1 to 1000000"));
         assert_eq!(run(&["--repeat=3"]).repeat, 3);
         assert!(error(&["--timeout", "1s"]).contains("not a whole number"));
         assert!(error(&["--guest="]).contains("empty"));
         assert!(error(&["--device", "disk"]).contains("no such device"));
+        assert!(error(&["--mmu-policy", "random"]).contains("takes clock or fifo"));
+        assert!(error(&["--on-exhausted="]).contains("takes stop or raise"));
+        assert_eq!(run(&["--mmu-policy=fifo"]).mmu_policy, MmuPolicy::Fifo);
+        assert_eq!(run(&["--mmu-policy=clock"]).mmu_policy, MmuPolicy::Clock);
+        let raising = run(&["--on-exhausted=raise"]);
+        assert_eq!(raising.on_exhausted, OnExhausted::Raise);
+        let stopping = run(&["--on-exhausted=stop"]);
+        assert_eq!(stopping.on_exhausted, OnExhausted::Stop);
         assert_eq!(run(&["--device=testdev"]).device, Some(Device::TestDevice));
     }
 
@@ -747,7 +807,7 @@ mod tests {
             arguments in prop::collection::vec(
                 prop_oneof![
                     "(?s).*",
-                    "--(guest|image|initrd|append|memory|mmu-pages|device|repeat|timeout|help)(=(?s).*)?",
+                    "--(guest|image|initrd|append|memory|mmu-pages|mmu-policy|on-exhausted|device|repeat|timeout|help)(=(?s).*)?",
                     "[0-9]{1,22}[KMG]?",
                 ],
                 0..6,

@@ -98,6 +98,10 @@ pub struct MmuCounters {
     pub mmu_pages_used: u64,
     /// The limit on shadow pages when the guest ended.
     pub mmu_pages_limit: u64,
+    /// How often the limit was raised because the guest needed more pages at once
+    /// (`--on-exhausted raise`).
+    #[serde(default)]
+    pub mmu_limit_raised: u64,
 }
 
 const fn first_run() -> u64 {
@@ -282,6 +286,7 @@ mod tests {
             "tlb_flush",
             "mmu_pages_used",
             "mmu_pages_limit",
+            "mmu_limit_raised",
             "exhausted",
             "run",
             "heap_free",
@@ -296,7 +301,7 @@ mod tests {
         ] {
             assert!(object.get(key).is_some(), "{key} is missing in {json}");
         }
-        assert_eq!(object.as_object().unwrap().len(), 36);
+        assert_eq!(object.as_object().unwrap().len(), 37);
         assert_eq!(object["outcome"], "no-mmu-pages");
         assert_eq!(object["exit_code"], 4);
         assert_eq!(object["driver"], "svm");
