@@ -2,6 +2,7 @@
 
 use std::ffi::OsStr;
 use std::io::{BufRead, BufReader, IsTerminal, Read};
+use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
@@ -9,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
+use rustix::process::Signal;
 
 /// How much of a failed program's output is shown, in lines.
 const LINES_SHOWN: usize = 80;
@@ -45,6 +47,23 @@ pub fn clean(program: impl AsRef<OsStr>) -> Command {
     }
     command.stdin(Stdio::null());
     command
+}
+
+/// The same command, whose program is killed when the thread that starts it ends, whatever ends it.
+#[allow(unsafe_code)]
+pub fn die_with_us(command: &mut Command) -> &mut Command {
+    let us = rustix::process::getpid();
+    let ask = move || {
+        rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+        // We may have ended before it asked.
+        if rustix::process::getppid() == Some(us) {
+            Ok(())
+        } else {
+            Err(std::io::ErrorKind::Interrupted.into())
+        }
+    };
+    // SAFETY: between fork and exec, `ask` makes two system calls and allocates nothing.
+    unsafe { command.pre_exec(ask) }
 }
 
 /// The full path of a program of the search path, if it is there.

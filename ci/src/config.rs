@@ -133,7 +133,7 @@ mod tests {
         let path = directory.path().join("several.toml");
         fs::write(directory.path().join("kernel"), "x").unwrap();
         fs::write(&path, text).unwrap();
-        Config::read(&Project::find(), &path)
+        Config::read(&Project::find().unwrap(), &path)
     }
 
     #[test]

@@ -7,7 +7,7 @@ use anyhow::Result;
 use crate::command::{answer, clean, find_program};
 use crate::kvm::{self, Nested, Unusable};
 use crate::platform::Platform;
-use crate::project::Project;
+use crate::project::{Project, invocation};
 use crate::setup::{self, Need};
 use crate::toolchain::Toolchain;
 
@@ -35,14 +35,15 @@ pub fn doctor(project: &Project) -> Result<()> {
     platform(Platform::DiskUefi, &format!("{disk} UEFI"), None);
     processor();
     kvm();
+    let us = invocation();
     match Platform::USUAL
         .into_iter()
         .find(|platform| missing(&platform.needs()).is_empty())
     {
         Some(platform) => {
-            println!("So `cargo xtask run` works here by emulation, as `--on {platform}`.");
+            println!("So `{us} run` works here by emulation, as `--on {platform}`.");
         }
-        None => println!("No platform is ready; `cargo xtask run` sets up what it needs."),
+        None => println!("No platform is ready; `{us} run` sets up what it needs."),
     }
     Ok(())
 }
@@ -62,7 +63,10 @@ fn build(project: &Project) -> Result<()> {
         None => no(
             "build",
             "no Rust toolchain of 1.88 or newer has the library's source (rust-src)",
-            "`cargo xtask run` gets it by rustup, or Debian's rustc-web, cargo-web and rust-web-src",
+            &format!(
+                "`{} run` gets it by rustup, or Debian's rustc-web, cargo-web and rust-web-src",
+                invocation()
+            ),
         ),
     }
     report_missing("build", &missing(&setup::for_building()));
@@ -142,7 +146,8 @@ fn report_missing(name: &str, missing: &[&Need]) {
         "apt-get install --no-install-recommends {}",
         packages.join(" ")
     );
-    let fix = format!("`cargo xtask run` or `test` installs it when it may; or {by_hand}");
+    let us = invocation();
+    let fix = format!("`{us} run` or `{us} test` installs it when it may; or {by_hand}");
     no(name, &format!("missing: {}", probes.join(", ")), &fix);
 }
 

@@ -156,7 +156,7 @@ mod tests {
 
     #[test]
     fn guests_are_found_by_name_or_file() {
-        let guests = own(&Project::find()).unwrap();
+        let guests = own(&Project::find().unwrap()).unwrap();
         let find = |typed| Source::find(&guests, typed);
         assert!(matches!(find("hello"), Ok(Source::Own(guest)) if guest.name == "hello"));
         assert!(matches!(find("linux"), Ok(Source::Linux)));

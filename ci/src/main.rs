@@ -29,6 +29,7 @@ mod report;
 mod run;
 mod scenario;
 mod setup;
+mod terminal;
 mod test;
 mod toolchain;
 mod typing;
@@ -36,17 +37,13 @@ mod typing;
 use std::process::ExitCode;
 
 use anyhow::Result;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::input::BadInput;
-use crate::project::Project;
+use crate::project::{Project, invocation};
 
 #[derive(Parser, Debug)]
-#[command(
-    name = "cargo xtask",
-    bin_name = "cargo xtask",
-    about = "Builds, boots and tests Umbra"
-)]
+#[command(about = "Builds, boots and tests Umbra", version)]
 struct Cli {
     #[command(subcommand)]
     verb: Verb,
@@ -71,7 +68,12 @@ enum Verb {
 }
 
 fn main() -> ExitCode {
-    match execute(&Cli::parse()) {
+    let command = Cli::command().name(invocation()).bin_name(invocation());
+    let cli = match Cli::from_arg_matches(&command.get_matches()) {
+        Ok(cli) => cli,
+        Err(error) => error.exit(),
+    };
+    match execute(&cli) {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
             eprintln!("error: {error:#}");
@@ -82,7 +84,7 @@ fn main() -> ExitCode {
 }
 
 fn execute(cli: &Cli) -> Result<u8> {
-    let project = Project::find();
+    let project = Project::find()?;
     match &cli.verb {
         Verb::Run(options) => run::run(&project, options),
         Verb::Test(options) => test::test(&project, options),

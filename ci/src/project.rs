@@ -6,6 +6,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
+/// A file that only our tree has.
+const LANDMARK: &str = "images/hermit-kernel.patch";
+
 /// The source tree that this tool belongs to.
 #[derive(Clone, Debug)]
 pub struct Project {
@@ -13,12 +16,31 @@ pub struct Project {
 }
 
 impl Project {
-    /// Finds the tree: the parent of this package, as cargo names it when it runs us.
-    pub fn find() -> Self {
-        let package = env::var_os("CARGO_MANIFEST_DIR")
-            .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from);
-        let root = package.parent().unwrap_or(&package).to_path_buf();
-        Self { root }
+    /// Finds the tree: around the package that cargo says it runs, if that is ours, or else where this
+    /// tool was built. The package may be another one, whose program or test has started us.
+    ///
+    /// # Errors
+    /// When the tree is gone since this tool was installed.
+    pub fn find() -> Result<Self> {
+        let running = env::var_os("CARGO_MANIFEST_DIR").map(PathBuf::from);
+        let built = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+        let around = |package: &Path| {
+            let root = package.parent()?;
+            root.join(LANDMARK).is_file().then(|| Self {
+                root: root.to_path_buf(),
+            })
+        };
+        running
+            .as_deref()
+            .and_then(around)
+            .or_else(|| around(&built))
+            .with_context(|| {
+                format!(
+                    "the source tree that this tool was installed from is no longer at {}: \
+                     install it again by `cargo install --path ci` in the tree",
+                    built.parent().unwrap_or(&built).display()
+                )
+            })
     }
 
     /// The directory that holds the root `Cargo.toml`.
@@ -32,6 +54,15 @@ impl Project {
         let path = self.root.join("target").join(name);
         fs::create_dir_all(&path).with_context(|| format!("cannot create {}", path.display()))?;
         Ok(path)
+    }
+}
+
+/// What the user types to start this tool: cargo says so when it does it for them.
+pub fn invocation() -> &'static str {
+    if env::var_os("CARGO").is_some() {
+        "cargo xtask"
+    } else {
+        "xtask"
     }
 }
 

@@ -793,7 +793,7 @@ mod tests {
 
     #[test]
     fn our_own_scenarios_are_read() {
-        let scenarios = Scenario::all(&Project::find()).unwrap();
+        let scenarios = Scenario::all(&Project::find().unwrap()).unwrap();
         let mut names: Vec<_> = scenarios
             .iter()
             .map(|scenario| scenario.name.as_str())

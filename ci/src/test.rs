@@ -13,7 +13,7 @@ use crate::command::Step;
 use crate::input::BadInput;
 use crate::jobs::{self, Job, Verdict};
 use crate::keys;
-use crate::project::Project;
+use crate::project::{Project, invocation};
 use crate::scenario::Scenario;
 
 /// Set for host tests that have a long form, to run that.
@@ -183,9 +183,10 @@ fn unmatched(filter: &str, names: &[String]) -> String {
         .flat_map(|name| [name.clone(), last(name)])
         .collect();
     let nearest = keys::nearest(filter, candidates.iter().map(String::as_str));
-    let hint = nearest.map_or("`cargo xtask test --list` shows all".to_owned(), |name| {
-        format!("did you mean `{name}`?")
-    });
+    let hint = nearest.map_or_else(
+        || format!("`{} test --list` shows all", invocation()),
+        |name| format!("did you mean `{name}`?"),
+    );
     format!("no scenario and no test has a name that contains `{filter}`; {hint}")
 }
 

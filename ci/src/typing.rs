@@ -3,7 +3,7 @@
 //! Protocol: a platform calls [`Input::start`] with the pipe to the machine, then [`Typing::wait`]
 //! until the machine has ended. The terminal is raw as long as the [`Typing`] lives.
 
-use std::io::{IsTerminal, Read, Write, stdin};
+use std::io::{Read, Write, stdin};
 use std::process::{Child, ExitStatus};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,13 +11,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use rustix::process::getpgrp;
-use rustix::termios::{
-    InputModes, LocalModes, OptionalActions, Termios, tcgetattr, tcgetpgrp, tcsetattr,
-};
 use serde::Deserialize;
 
 use crate::platform::Console;
+use crate::terminal::RawTerminal;
 
 /// Between two looks at the machine.
 const PERIOD: Duration = Duration::from_millis(10);
@@ -188,42 +185,6 @@ impl Escape {
             }
         }
         Some(rest)
-    }
-}
-
-/// The terminal on the standard input while it hands on every key as it is typed.
-struct RawTerminal {
-    before: Termios,
-}
-
-impl RawTerminal {
-    /// Makes it raw, if there is one and we are in its foreground.
-    fn enter() -> Option<Self> {
-        let input = stdin();
-        if !input.is_terminal() || tcgetpgrp(&input).ok()? != getpgrp() {
-            return None;
-        }
-        let before = tcgetattr(&input).ok()?;
-        let mut raw = before.clone();
-        raw.input_modes -= InputModes::BRKINT
-            | InputModes::ICRNL
-            | InputModes::IGNCR
-            | InputModes::INLCR
-            | InputModes::INPCK
-            | InputModes::ISTRIP
-            | InputModes::IXON;
-        raw.local_modes -=
-            LocalModes::ECHO | LocalModes::ICANON | LocalModes::IEXTEN | LocalModes::ISIG;
-        tcsetattr(&input, OptionalActions::Now, &raw).ok()?;
-        eprintln!("Ctrl-A x ends the machine.");
-        Some(Self { before })
-    }
-}
-
-impl Drop for RawTerminal {
-    fn drop(&mut self) {
-        // There is nobody left to complain to.
-        let _ = tcsetattr(stdin(), OptionalActions::Now, &self.before);
     }
 }
 

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 
 use super::{Boot, Console, Ending};
-use crate::command::{clean, find_program};
+use crate::command::{clean, die_with_us, find_program};
 use crate::grub::Content;
 use crate::iso;
 use crate::project::Project;
@@ -54,7 +54,8 @@ pub(super) fn run(project: &Project, boot: &Boot<'_>, console: &Console) -> Resu
 
     let output = File::create(boot.work.join("bochs.out"))?;
     let program = find_program("bochs").context("cannot find bochs")?;
-    let mut child = clean(program)
+    let mut command = clean(program);
+    command
         .current_dir(boot.work)
         .arg("-q")
         .arg("-f")
@@ -62,9 +63,9 @@ pub(super) fn run(project: &Project, boot: &Boot<'_>, console: &Console) -> Resu
         .arg("-rc")
         .arg(&debugger)
         .stdout(Stdio::from(output.try_clone()?))
-        .stderr(Stdio::from(output))
-        .spawn()
-        .context("cannot start bochs")?;
+        .stderr(Stdio::from(output));
+    let child = die_with_us(&mut command).spawn();
+    let mut child = child.context("cannot start bochs")?;
     let ending = converse(&mut child, &listener, boot, console);
     if child.try_wait()?.is_none() {
         child.kill()?;

@@ -11,7 +11,7 @@ use std::thread;
 use anyhow::{Context, Result};
 
 use super::{Boot, Clock, Console, Ending};
-use crate::command::clean;
+use crate::command::{clean, die_with_us};
 use crate::grub::Content;
 use crate::iso;
 use crate::project::Project;
@@ -80,7 +80,8 @@ fn run_command(
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
-    let mut child = command.spawn().context("cannot start qemu-system-x86_64")?;
+    let child = die_with_us(&mut command).spawn();
+    let mut child = child.context("cannot start qemu-system-x86_64")?;
     let keyboard = child.stdin.take().context("QEMU has no input")?;
     let output = child.stdout.take().context("QEMU has no output")?;
     let complaints = child.stderr.take();
