@@ -58,15 +58,18 @@ pub fn cpuid(guest: &mut Guest) -> Result<(), End> {
     Ok(())
 }
 
-/// VMCALL and VMMCALL: KVM's interface, of which the guest has been told no call.
+/// VMCALL and VMMCALL: KVM's interface, of which the guest has been told no call. The results are
+/// KVM's error numbers (Linux's uapi/linux/kvm_para.h).
 pub fn hypercall(guest: &mut Guest) -> Result<(), End> {
-    /// KVM's error number for a call that it does not know (Linux's uapi/linux/kvm_para.h).
     const UNKNOWN_CALL: i64 = -1000;
-    if guest.vcpu.privilege_level().is_user() {
-        return guest.raise(Exception::INVALID_OPCODE);
-    }
+    const NOT_PERMITTED: i64 = -1;
+    let result = if guest.vcpu.privilege_level().is_user() {
+        NOT_PERMITTED
+    } else {
+        UNKNOWN_CALL
+    };
     let registers = guest.vcpu.registers_mut();
-    registers.set(Gpr::Rax, UNKNOWN_CALL.cast_unsigned());
+    registers.set(Gpr::Rax, result.cast_unsigned());
     guest.vcpu.skip_instruction();
     Ok(())
 }

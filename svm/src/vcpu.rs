@@ -30,7 +30,6 @@ use crate::vmcb::{
 
 const CR0_PE: u64 = 1 << 0;
 const CR0_ET: u64 = 1 << 4;
-const CR0_NE: u64 = 1 << 5;
 const CR0_WP: u64 = 1 << 16;
 const CR0_NW: u64 = 1 << 29;
 const CR0_CD: u64 = 1 << 30;
@@ -291,7 +290,7 @@ impl SvmVcpu {
         let guest = self.control;
         let paging = self.paging;
         let efer_bits = self.core.capabilities.efer_bits;
-        let cr0 = (guest.cr0 | CR0_ET | CR0_NE | CR0_WP | CR0_PG) & !(CR0_CD | CR0_NW);
+        let cr0 = (guest.cr0 | CR0_ET | CR0_WP | CR0_PG) & !(CR0_CD | CR0_NW);
         let mut cr4 =
             (guest.cr4 | CR4_PAE) & !(CR4_LA57 | CR4_PCIDE | CR4_VMXE | CR4_PKE | CR4_CET);
         if paging.mode == ShadowMode::FiveLevel {

@@ -81,6 +81,7 @@ pub fn execute<E: Environment>(
         M::Imul => multiply_short(env, instruction)?,
         M::Div => divide(env, instruction, Signedness::Unsigned)?,
         M::Idiv => divide(env, instruction, Signedness::Signed)?,
+        M::Smsw => store_machine_status(env, instruction)?,
         M::Push => stack::push(env, instruction)?,
         M::Pop => stack::pop(env, instruction)?,
         M::Call => return stack::call(env, instruction),
@@ -134,6 +135,20 @@ fn mov<E: Environment>(
     };
     let value = read(environment, &source, size)?;
     write(environment, &target, size, value)
+}
+
+/// SMSW to memory, which has 16 bits whatever the operand size.
+fn store_machine_status<E: Environment>(
+    environment: &mut E,
+    instruction: &Instruction,
+) -> Result<(), Stop<E::Failure>> {
+    let size = match instruction.op0_kind() {
+        OpKind::Memory => Size::Word,
+        _ => known_size(instruction, 0)?,
+    };
+    let target = locate(environment, instruction, 0, size, Intent::Write)?;
+    let cr0 = environment.control_registers().cr0;
+    write(environment, &target, size, cr0)
 }
 
 fn extend<E: Environment>(

@@ -17,7 +17,8 @@ use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, aml, facs::FACS};
 use umbra_vcpu::address::Gpa;
 
-use crate::devices::{io_apic, local_apic, pit, power_management, reset_control, rtc, serial};
+use crate::devices::{io_apic, pit, power_management, reset_control, rtc, serial};
+use crate::processor::msr::ApicBase;
 
 /// Where the tables go; the RSDP is first.
 pub const ADDRESS: Gpa = Gpa::new(BASE as u64);
@@ -139,7 +140,7 @@ fn madt() -> impl Aml {
         OEM_TABLE,
         OEM_REVISION,
     );
-    madt.append_slice(&(local_apic::ADDRESS as u32).to_le_bytes());
+    madt.append_slice(&(ApicBase::RESET_PAGE.as_u64() as u32).to_le_bytes());
     madt.append_slice(&PC_AT_COMPATIBLE.to_le_bytes());
     let mut structures = Vec::new();
     ProcessorLocalApic::new(0, 0, EnabledStatus::Enabled).to_aml_bytes(&mut structures);

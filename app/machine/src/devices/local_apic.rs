@@ -7,8 +7,6 @@
 use crate::processor::msr::ApicMode;
 use crate::time::GuestTime;
 
-/// The first byte of the register page.
-pub const ADDRESS: u64 = 0xfee0_0000;
 /// The size of the register page in bytes.
 pub const SIZE: u64 = 0x1000;
 

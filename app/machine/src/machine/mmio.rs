@@ -6,7 +6,7 @@ use umbra_vcpu::address::Gpa;
 use super::{Machine, NoDevice};
 use crate::access_log::Sighting;
 use crate::devices::local_apic::ApicEffect;
-use crate::devices::{io_apic, local_apic, test_device};
+use crate::devices::{io_apic, test_device};
 use crate::processor::msr::ApicMode;
 
 const TEST_DEVICE_END: u64 = test_device::ADDRESS + test_device::SIZE;
@@ -85,10 +85,11 @@ impl Machine {
 
     fn memory_device(&mut self, address: Gpa) -> Result<MemoryDevice, NoDevice> {
         let offset = address.page_offset();
+        let apic_base = self.msrs.apic_base();
+        if address.page_base() == apic_base.page() && apic_base.mode() == ApicMode::XApic {
+            return Ok(MemoryDevice::LocalApic(offset));
+        }
         match address.page_base().as_u64() {
-            local_apic::ADDRESS if self.msrs.apic_base().mode() == ApicMode::XApic => {
-                Ok(MemoryDevice::LocalApic(offset))
-            }
             io_apic::ADDRESS => Ok(MemoryDevice::IoApic(offset)),
             page @ test_device::ADDRESS..TEST_DEVICE_END if self.test_device.is_some() => Ok(
                 MemoryDevice::TestDevice(page - test_device::ADDRESS + offset),

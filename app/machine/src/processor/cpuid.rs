@@ -16,11 +16,11 @@ use super::paravirtual;
 
 /// The highest basic leaf that guests see: extended state.
 const MAX_BASIC_LEAF: u32 = 0xd;
-/// The leaf by which a hypervisor says who it is.
-pub const HYPERVISOR_LEAF: u32 = 0x4000_0000;
+/// The leaf by which Umbra says who it is, behind KVM's, where many kernels look for nothing else.
+pub const HYPERVISOR_LEAF: u32 = 0x4000_0100;
 /// The highest extended leaf that guests see: address sizes.
 const MAX_EXTENDED_LEAF: u32 = 0x8000_0008;
-/// What leaf 0x4000_0000 says in EBX, ECX and EDX.
+/// What [`HYPERVISOR_LEAF`] says in EBX, ECX and EDX.
 pub const HYPERVISOR_SIGNATURE: [u8; 12] = *b"UmbraUmbra  ";
 /// Guest physical addresses are never wider, whatever the host has.
 const MAX_PHYSICAL_ADDRESS_BITS: u8 = 40;
@@ -675,7 +675,7 @@ mod tests {
             0xc,
             0xe,
             0x14,
-            0x4000_0001,
+            0x4000_0002,
             0x8000_000a,
             0xffff_ffff,
         ] {

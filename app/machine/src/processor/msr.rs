@@ -5,6 +5,7 @@
 //! that the run loop carries out. An access to a register that is not here returns
 //! [`MsrAccess::Unknown`], which the guest sees as #GP(0) (SDM vol. 4; APM vol. 2 appendix A).
 
+use umbra_vcpu::address::{Gpa, PAGE_SIZE};
 use umbra_vcpu::event::Exception;
 use umbra_vcpu::registers::ControlRegisters;
 
@@ -40,6 +41,8 @@ pub mod index {
     pub const FS_BASE: u32 = 0xc000_0100;
     pub const KERNEL_GS_BASE: u32 = 0xc000_0102;
     pub const TSC_AUX: u32 = 0xc000_0103;
+    pub const AMD_EVENT_SELECT_0: u32 = 0xc001_0000;
+    pub const AMD_COUNTER_3: u32 = 0xc001_0007;
     pub const AMD_SYSCFG: u32 = 0xc001_0010;
     pub const AMD_HWCR: u32 = 0xc001_0015;
     pub const AMD_NB_CFG: u32 = 0xc001_001f;
@@ -70,8 +73,7 @@ const PAT_RESET: u64 = 0x0007_0406_0007_0406;
 const INTEL_MICROCODE_REVISION: u64 = 1 << 32;
 const AMD_PATCH_LEVEL: u64 = 0x0100_0065;
 
-/// IA32_APIC_BASE (SDM vol. 3A 11.4.4, 11.12.1) of the bootstrap processor. The page cannot be
-/// moved.
+/// IA32_APIC_BASE (SDM vol. 3A 11.4.4, 11.12.1) of the bootstrap processor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ApicBase(u64);
 
@@ -80,14 +82,15 @@ pub struct ApicBase(u64);
 pub enum ApicMode {
     /// Hidden from software; interrupts come straight from the i8259 pair.
     Disabled,
-    /// Registers in the page at 0xfee00000.
+    /// Registers in the page at [`ApicBase::page`].
     XApic,
     /// Registers as MSRs 0x800 to 0x8ff.
     X2Apic,
 }
 
 impl ApicBase {
-    const ADDRESS: u64 = 0xfee0_0000;
+    /// The page's address after reset, and as the ACPI tables have it.
+    pub const RESET_PAGE: Gpa = Gpa::new(0xfee0_0000);
     const BOOTSTRAP: u64 = 1 << 8;
     const X2APIC: u64 = 1 << 10;
     const ENABLE: u64 = 1 << 11;
@@ -100,6 +103,11 @@ impl ApicBase {
     /// Whether the local APIC exists for software.
     pub const fn is_enabled(self) -> bool {
         self.0 & Self::ENABLE != 0
+    }
+
+    /// The page with the registers in xAPIC mode. Where there is RAM, the guest sees the RAM.
+    pub const fn page(self) -> Gpa {
+        Gpa::new(self.0 & !0xfff)
     }
 
     /// The mode.
@@ -117,20 +125,20 @@ impl ApicBase {
     }
 
     fn write(self, value: u64, features: &GuestFeatures) -> Result<Self, Exception> {
-        let mut writable = Self::ENABLE;
+        let page = (1 << features.physical_address_bits) - PAGE_SIZE;
+        let mut writable = Self::ENABLE | page;
         if features.has(Features::X2APIC) {
             writable |= Self::X2APIC;
         }
         let new = Self(value);
-        let fixed_differ = (value ^ self.0) & !(Self::ENABLE | Self::X2APIC) != 0;
-        let unknown = value & (Self::ENABLE | Self::X2APIC) & !writable != 0;
+        let fixed_differ = (value ^ self.0) & !writable != 0;
         let x2apic_while_disabled = value & (Self::ENABLE | Self::X2APIC) == Self::X2APIC;
         // SDM vol. 3A figure 11-27: x2APIC mode is entered from xAPIC mode and left for disabled.
         let transition = !matches!(
             (self.mode(), new.mode()),
             (ApicMode::X2Apic, ApicMode::XApic) | (ApicMode::Disabled, ApicMode::X2Apic)
         );
-        if fixed_differ || unknown || x2apic_while_disabled || !transition {
+        if fixed_differ || x2apic_while_disabled || !transition {
             return Err(Exception::GENERAL_PROTECTION);
         }
         Ok(new)
@@ -139,7 +147,7 @@ impl ApicBase {
 
 impl Default for ApicBase {
     fn default() -> Self {
-        Self(Self::ADDRESS | Self::ENABLE | Self::BOOTSTRAP)
+        Self(Self::RESET_PAGE.as_u64() | Self::ENABLE | Self::BOOTSTRAP)
     }
 }
 
@@ -256,6 +264,8 @@ impl Msrs {
             index::AMD_SYSCFG if !intel => self.amd_syscfg,
             index::AMD_HWCR if !intel => self.amd_hwcr,
             index::AMD_NB_CFG if !intel => self.amd_nb_cfg,
+            // Every AMD processor has the four counters (APM vol. 2 13.2.1); these never count.
+            index::AMD_EVENT_SELECT_0..=index::AMD_COUNTER_3 if !intel => 0,
             index::AMD_INT_PENDING | index::AMD_MMIO_CONF_BASE if !intel => 0,
             index::AMD_DE_CFG if !intel => AMD_DE_CFG_LFENCE_SERIALIZES,
             _ if self.in_hardware(number) => {
@@ -297,7 +307,8 @@ impl Msrs {
             }
             // The way to ask for the microcode's revision starts with a write; loads are ignored.
             index::BIOS_SIGN_ID | index::BIOS_UPDATE_TRIGGER if intel => {}
-            index::AMD_PATCH_LOADER if !intel => {}
+            index::AMD_PATCH_LOADER | index::AMD_EVENT_SELECT_0..=index::AMD_COUNTER_3
+                if !intel => {}
             index::PLATFORM_ID | index::PLATFORM_INFO if intel => return Err(MsrAccess::Refused),
             index::BIOS_SIGN_ID | index::MCG_CAP => return Err(MsrAccess::Refused),
             index::MCG_STATUS => {
@@ -451,11 +462,9 @@ mod tests {
         );
         assert_eq!(write(base), Ok(MsrEffect::ApicMode(ApicMode::XApic)));
         assert_eq!(write(base | 1 << 40), Err(MsrAccess::Refused));
-        assert_eq!(
-            write(0xfed0_0900),
-            Err(MsrAccess::Refused),
-            "the page stays"
-        );
+        assert_eq!(write(base | 1), Err(MsrAccess::Refused), "reserved");
+        assert_eq!(write(0xfed0_0900), Ok(MsrEffect::ApicMode(ApicMode::XApic)));
+        assert_eq!(msrs.apic_base().page(), Gpa::new(0xfed0_0000));
     }
 
     #[test]
@@ -513,7 +522,14 @@ mod tests {
     #[test]
     fn vendors_have_their_own_registers() {
         let mut amd = Msrs::new(features(Vendor::Amd), 0);
-        for number in [0xc001_0010, 0xc001_0015, 0xc001_001f, 0xc001_1029] {
+        for number in [
+            0xc001_0000,
+            0xc001_0007,
+            0xc001_0010,
+            0xc001_0015,
+            0xc001_001f,
+            0xc001_1029,
+        ] {
             let value = amd.read(number, &context(0)).expect("an AMD register");
             assert_eq!(amd.write(number, value, &context(0)), Ok(MsrEffect::None));
             assert_eq!(intel().read(number, &context(0)), Err(MsrAccess::Unknown));

@@ -1,8 +1,7 @@
 //! KVM's paravirtual clock, by which guests know the time-stamp counter's frequency without
 //! measuring it (Linux's Documentation/virt/kvm/x86: cpuid.rst and msr.rst).
 //!
-//! A guest finds KVM's signature at [`LEAF`], behind Umbra's own leaf, as on other hypervisors that
-//! speak several interfaces. It also learns there that it need not wait between accesses to ports.
+//! A guest finds KVM's signature at [`LEAF`], the first of the hypervisor's leaves. It also learns there that it need not wait between accesses to ports.
 //!
 //! Protocol: the guest names a place in its memory by a model-specific register. What must be written
 //! there waits in [`Paravirtual::take_write`]; the run loop carries it out before the guest goes on.
@@ -15,7 +14,7 @@ use super::msr::MsrAccess;
 use crate::time::{GuestTime, TimeBase};
 
 /// The leaf that holds the signature; the next holds the features.
-pub const LEAF: u32 = 0x4000_0100;
+pub const LEAF: u32 = 0x4000_0000;
 /// What [`LEAF`] says in EBX, ECX and EDX.
 const SIGNATURE: [u32; 3] = [
     u32::from_le_bytes(*b"KVMK"),
