@@ -14,6 +14,11 @@
 //! leaf tables and takes them away in batches; `trace hot|scan PAGES clock|fifo any|one PREFETCH`
 //! counts the faults of a guest that has fewer pages than it needs, and says what the best of all
 //! policies, which knows the future, would have to fetch.
+//!
+//! `wp COUNT` and `pge COUNT` clear CR0.WP or set CR4.PGE and undo it; `cr3 COUNT TABLES MAPPINGS`
+//! switches to another cached root and back after the guest has written so many page tables with so
+//! many mappings each; `invlpg COUNT TABLES` drops an address after writes to other tables; `write
+//! COUNT MAPPINGS` is the guest's first write to a page table that is in step.
 #![allow(
     clippy::precedence,
     reason = "bits are written as the manual draws them"
@@ -24,8 +29,8 @@ use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use umbra_mmu::{
-    Fault, Frames, GuestMemory, MemorySlot, Mmu, MmuConfig, MmuPool, OutOfMemory, PagingRegisters,
-    SlotFlags, SlotId, TlbFlush, Touch, Vcpu, VictimPolicy, Zone,
+    Cr3, Fault, Frames, GuestMemory, MemorySlot, Mmu, MmuConfig, MmuPool, OutOfMemory,
+    PagingRegisters, SlotFlags, SlotId, TlbFlush, Touch, Vcpu, VictimPolicy, Zone,
 };
 use umbra_vcpu::address::{Gfn, Gva, Hpa, Pfn};
 use x86_64::registers::control::{Cr0Flags, Cr4Flags, EferFlags};
@@ -54,13 +59,17 @@ static ALLOCATOR: Counting = Counting;
 
 const LINK: u64 = 0x67;
 /// Where the guest's tables of each level lie, and the memory that they map. Nothing of it is stored:
-/// an entry is computed when it is read.
+/// an entry is computed when it is read. There are two roots, without a table in common for the same
+/// address, and the last entry of each page table maps that table.
+const OTHER_4: u64 = 0;
 const TABLES_4: u64 = 1;
 const TABLES_3: u64 = 2;
 const TABLES_2: u64 = TABLES_3 + 512;
 const TABLES_1: u64 = TABLES_2 + 512 * 512;
 const MEMORY: u64 = TABLES_1 + (1 << 18);
 const PAGES: u64 = MEMORY + (1 << 21);
+/// The entry of a page table that maps the table.
+const OWN: u64 = 511;
 
 struct Host {
     words: Vec<AtomicU64>,
@@ -88,10 +97,12 @@ impl GuestMemory for Host {
         let below = |first: u64, tables: u64| tables + (table - first) * 512 + index;
         let target = match table {
             MEMORY.. => 0,
+            TABLES_1.. if index == OWN => table,
             TABLES_1.. => MEMORY + ((table - TABLES_1) * self.stride + index) % (PAGES - MEMORY),
             TABLES_2.. => TABLES_1 + below(TABLES_2, 0) % (MEMORY - TABLES_1),
             TABLES_3.. => below(TABLES_3, TABLES_2),
-            _ => below(TABLES_4, TABLES_3),
+            TABLES_4.. => TABLES_3 + index,
+            _ => TABLES_3 + (index + 256) % 512,
         };
         target << 12 | LINK
     }
@@ -146,6 +157,16 @@ fn measured<R>(work: impl FnOnce() -> R) -> R {
     work()
 }
 
+const REGISTERS: PagingRegisters = PagingRegisters {
+    cr0: Cr0Flags::PROTECTED_MODE_ENABLE
+        .union(Cr0Flags::PAGING)
+        .union(Cr0Flags::WRITE_PROTECT),
+    cr3: Cr3::new(TABLES_4 << 12),
+    cr4: Cr4Flags::PHYSICAL_ADDRESS_EXTENSION,
+    efer: EferFlags::LONG_MODE_ENABLE,
+    ..PagingRegisters::RESET
+};
+
 struct Guest {
     mmu: Arc<Mmu<Host>>,
     vcpu: Vcpu,
@@ -178,14 +199,7 @@ impl Guest {
         };
         mmu.add_slot(memory).expect("the first slot");
         let mut vcpu = mmu.create_vcpu().expect("memory");
-        let registers = PagingRegisters {
-            cr0: Cr0Flags::PROTECTED_MODE_ENABLE | Cr0Flags::PAGING | Cr0Flags::WRITE_PROTECT,
-            cr3: umbra_mmu::Cr3::new(TABLES_4 << 12),
-            cr4: Cr4Flags::PHYSICAL_ADDRESS_EXTENSION,
-            efer: EferFlags::LONG_MODE_ENABLE,
-            ..PagingRegisters::RESET
-        };
-        mmu.load_registers(&mut vcpu, registers);
+        mmu.load_registers(&mut vcpu, REGISTERS);
         let mut guest = Self {
             mmu,
             vcpu,
@@ -201,9 +215,13 @@ impl Guest {
     }
 
     fn handle(&mut self, gva: u64) {
+        self.handle_with(gva, PageFaultErrorCode::empty());
+    }
+
+    fn handle_with(&mut self, gva: u64, error: PageFaultErrorCode) {
         let fault = Fault {
             gva: Gva::new(gva),
-            error: PageFaultErrorCode::empty(),
+            error,
             cpl: 0,
             rflags: RFlags::empty(),
         };
@@ -211,6 +229,25 @@ impl Guest {
             .handle_page_fault(&mut self.vcpu, &fault)
             .expect("memory");
         self.faults += 1;
+    }
+
+    /// Loads registers and goes back into the guest.
+    fn load(&mut self, registers: PagingRegisters) {
+        self.mmu.load_registers(&mut self.vcpu, registers);
+        self.mmu.prepare_entry(&mut self.vcpu).expect("memory");
+    }
+
+    /// Fills as many mappings of the page table with this number, and the mapping of the table itself.
+    fn fill_table(&mut self, table: u64, mappings: u64) {
+        for page in (0..mappings).chain([OWN]) {
+            self.handle(table << 21 | page << 12);
+        }
+    }
+
+    /// Writes to a page table, which is write-protected while it is in step.
+    fn write_table(&mut self, table: u64) {
+        let error = PageFaultErrorCode::PROTECTION_VIOLATION | PageFaultErrorCode::CAUSED_BY_WRITE;
+        self.handle_with(table << 21 | OWN << 12, error);
     }
 
     /// Reads as the hardware does: sets accessed bits on the way, faults where nothing is mapped.
@@ -302,6 +339,73 @@ fn zap(pages: usize, batch: usize) {
     );
 }
 
+/// Registers that the guest loads in turn, with nothing to bring up to date.
+fn toggle(count: u64, other: PagingRegisters) {
+    let mut guest = Guest::new(1024, 512);
+    for _ in 0..2 {
+        guest.load(other);
+        guest.handle(0);
+        guest.load(REGISTERS);
+    }
+    for _ in 0..count {
+        measured(|| {
+            guest.load(other);
+            guest.load(REGISTERS);
+        });
+    }
+    println!(
+        "{count} toggles there and back: {:?}",
+        guest.mmu.statistics()
+    );
+}
+
+/// Switches between two cached roots: away from the one whose `tables` page tables the guest has just
+/// written, and back to it.
+fn load_cr3(count: u64, tables: u64, mappings: u64) {
+    let mut guest = Guest::new(4096, 512);
+    let other = PagingRegisters {
+        cr3: Cr3::new(OTHER_4 << 12),
+        ..REGISTERS
+    };
+    for registers in [other, REGISTERS] {
+        guest.load(registers);
+        (0..tables.max(1)).for_each(|table| guest.fill_table(table, mappings));
+    }
+    for _ in 0..count {
+        (0..tables).for_each(|table| guest.write_table(table));
+        measured(|| {
+            guest.load(other);
+            guest.load(REGISTERS);
+        });
+    }
+    println!("{count} switches and back: {:?}", guest.mmu.statistics());
+}
+
+fn invalidate(count: u64, tables: u64) {
+    let mut guest = Guest::new(4096, 512);
+    (0..=tables).for_each(|table| guest.fill_table(table, 32));
+    (1..=tables).for_each(|table| guest.write_table(table));
+    for _ in 0..count {
+        measured(|| {
+            guest
+                .mmu
+                .invalidate_page(&mut guest.vcpu, Gva::new(1 << 12));
+            guest.mmu.prepare_entry(&mut guest.vcpu).expect("memory");
+        });
+    }
+    println!("{count} addresses dropped: {:?}", guest.mmu.statistics());
+}
+
+fn write_table(count: u64, mappings: u64) {
+    let mut guest = Guest::new(1024, 512);
+    guest.fill_table(0, mappings);
+    for _ in 0..count {
+        measured(|| guest.write_table(0));
+        guest.load(REGISTERS);
+    }
+    println!("{count} first writes: {:?}", guest.mmu.statistics());
+}
+
 const REGIONS: usize = 256;
 const READS: usize = 100_000;
 
@@ -390,6 +494,17 @@ fn main() {
     let number = |index: usize, default: u64| text(index).parse().unwrap_or(default);
     match text(1) {
         "build" => build(number(2, 250)),
+        "wp" => {
+            let cr0 = REGISTERS.cr0 - Cr0Flags::WRITE_PROTECT;
+            toggle(number(2, 1000), PagingRegisters { cr0, ..REGISTERS });
+        }
+        "pge" => {
+            let cr4 = REGISTERS.cr4 | Cr4Flags::PAGE_GLOBAL;
+            toggle(number(2, 1000), PagingRegisters { cr4, ..REGISTERS });
+        }
+        "cr3" => load_cr3(number(2, 1000), number(3, 0), number(4, 64)),
+        "invlpg" => invalidate(number(2, 1000), number(3, 0)),
+        "write" => write_table(number(2, 1000), number(3, 64)),
         "zap" => zap(number(2, 1000) as usize, number(3, 25) as usize),
         "trace" => {
             let victims = match text(4) {
