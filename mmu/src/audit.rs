@@ -8,7 +8,7 @@
 use crate::host::Host;
 use crate::level::{ENTRIES, Level};
 use crate::mmu::Mmu;
-use crate::page::PageState;
+use crate::page::{PageState, group_bit};
 use crate::rmap::SpteRef;
 use crate::slot::MAPPING_LEVELS;
 use crate::state::{Core, Target};
@@ -52,6 +52,10 @@ impl<H: Host> Core<'_, H> {
                     continue;
                 }
                 used += 1;
+                ensure!(
+                    self.state.pages[id].occupied & group_bit(index) != 0,
+                    "{id:?}[{index}]: its group counts as empty"
+                );
                 match self.target(id, index, spte) {
                     Target::Leaf { gfn, rights } => {
                         if !spte.is_present() {
@@ -86,6 +90,11 @@ impl<H: Host> Core<'_, H> {
                         ensure!(
                             spte.frame().base() == page.frame,
                             "{id:?}[{index}]: frame and page differ"
+                        );
+                        ensure!(
+                            !self.state.pages.is_unsync_within(child)
+                                || self.state.pages[id].unsync_below & group_bit(index) != 0,
+                            "{id:?}[{index}]: leads to an unsync page unmarked"
                         );
                         links
                             .entry(child.number())
@@ -180,8 +189,8 @@ impl<H: Host> Core<'_, H> {
             self.state.used
         );
         ensure!(
-            unsync == pages.unsync_leaves().len() + pages.unsync_tables().len(),
-            "the unsync lists drifted"
+            unsync == pages.unsync().count(),
+            "the count of unsync pages drifted"
         );
         ensure!(
             orphans == pages.orphans().len(),

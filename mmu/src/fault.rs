@@ -10,6 +10,7 @@ use crate::role::Role;
 use crate::slot::SlotFlags;
 use crate::spte::Spte;
 use crate::state::{Core, Leaf, Target};
+use crate::sync::Reach;
 use crate::walk::{Walk, WalkEnd};
 use umbra_vcpu::address::{Gfn, Gpa, Gva, Pfn};
 
@@ -406,13 +407,8 @@ impl<H: Host> Core<'_, H> {
     /// Brings a page up to date that is about to be linked in a new place. Nobody has to flush for a
     /// translation that is new, so what is linked must be fresh, and with it everything below.
     fn refresh(&mut self, page: ActivePage) {
-        let shadow = &mut self.state.pages[page.id()];
-        shadow.write_flooding = 0;
-        if shadow.role.level == Level::One {
-            self.sync_page(page);
-        } else if !shadow.role.is_direct() {
-            self.sync_all();
-        }
+        self.state.pages[page.id()].write_flooding = 0;
+        self.sync_within([page.id()], Reach::All);
     }
 
     fn make_page(&mut self, gfn: Gfn, role: Role, first: Option<PageId>) -> Option<ActivePage> {

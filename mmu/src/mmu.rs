@@ -14,7 +14,7 @@ use crate::config::MmuConfig;
 use crate::error::{MmuError, NoPageAvailable};
 use crate::fault::{FAULT_PAGES, FaultOutcome, Step};
 use crate::host::{Host, SlotId, Touch, Zone};
-use crate::level::{ENTRIES, Level};
+use crate::level::ENTRIES;
 use crate::lock::{AtomicU64, Mutex, MutexGuard, Ordering};
 use crate::page::{MAXIMUM_PAGES, PageId, PageTable, Translations};
 use crate::pool::Members;
@@ -24,9 +24,9 @@ use crate::registers::{
 };
 use crate::rmap::RmapNodes;
 use crate::role::{EntryFormat, bits};
-use crate::root::{MAXIMUM_PREVIOUS, ROOT_PAGES, RootKey, VcpuRoots, first_index};
+use crate::root::{MAXIMUM_PREVIOUS, ROOT_PAGES, RootKey, VcpuRoots};
 use crate::slot::{MemorySlot, Slot, SlotError, SlotFlags, Slots};
-use crate::state::{CACHED, Caches, Core, State, Target};
+use crate::state::{CACHED, Caches, Core, State};
 use crate::statistics::{Counters, Statistics};
 use crate::walk::WalkEnd;
 use crate::zap::Batch;
@@ -57,6 +57,8 @@ pub struct Vcpu {
     root_key: RootKey,
     /// The epoch at which the root was last found good; `None` if it must be loaded.
     root_epoch: Option<u64>,
+    /// How often the guest has flushed translations. A root is up to date if it was synced since.
+    flushes: u64,
     root: Hpa,
 }
 
@@ -410,6 +412,7 @@ impl<H: Host> Mmu<H> {
             paging,
             root_key: RootKey::of(&paging),
             root_epoch: None,
+            flushes: 0,
             root: Hpa::new(0),
         })
     }
@@ -459,11 +462,16 @@ impl<H: Host> Mmu<H> {
     }
 
     /// Takes over the guest's paging registers after any of them was written. Like every such write
-    /// this flushes the guest's TLB.
+    /// this flushes the guest's TLB, which takes effect with the next [`Mmu::prepare_entry`].
     pub fn load_registers(&self, vcpu: &mut Vcpu, registers: PagingRegisters) {
-        vcpu.registers = registers;
-        self.renew(vcpu);
-        self.locked(|core| core.sync_all());
+        let old = core::mem::replace(&mut vcpu.registers, registers);
+        if (old.cr0, old.cr4, old.efer) == (registers.cr0, registers.cr4, registers.efer) {
+            vcpu.paging.set_table(&registers);
+            vcpu.root_key.set_table(&vcpu.paging);
+        } else {
+            self.renew(vcpu);
+        }
+        self.flush_guest_tlb(vcpu);
     }
 
     /// Takes over PKRU after WRPKRU or XRSTOR.
@@ -512,11 +520,20 @@ impl<H: Host> Mmu<H> {
         let epoch = self.root_epoch.load(Ordering::Acquire);
         let mut change = RootChange::Same;
         if vcpu.root_epoch != Some(epoch) {
-            let (changed, root) = self.with_relief(ROOT, |core| {
-                let changed = core.load_root(vcpu.index, &vcpu.root_key, &vcpu.paging)?;
-                Ok((changed, core.root_address(vcpu.index, &vcpu.paging)))
-            })?;
-            if changed || root != vcpu.root {
+            let (index, key, paging, flushes) =
+                (vcpu.index, &vcpu.root_key, &vcpu.paging, vcpu.flushes);
+            let cached = self.locked(|core| {
+                let change = core.use_cached_root(index, key, flushes)?;
+                Some((change, core.root_address(index, paging)))
+            });
+            let (loaded, root) = match cached {
+                Some(found) => found,
+                None => self.with_relief(ROOT, |core| {
+                    let change = core.load_root(index, key, paging, flushes)?;
+                    Ok((change, core.root_address(index, paging)))
+                })?,
+            };
+            if loaded == RootChange::Changed || root != vcpu.root {
                 change = RootChange::Changed;
             }
             vcpu.root = root;
@@ -595,16 +612,20 @@ impl<H: Host> Mmu<H> {
 
     /// INVLPG, or INVPCID for one address.
     pub fn invalidate_page(&self, vcpu: &mut Vcpu, gva: Gva) {
-        self.locked(|core| {
-            core.sync_tables();
-            core.sync_address(vcpu.index, gva);
-        });
+        vcpu.flushes += 1;
+        let done = self
+            .locked(|core| core.invalidate_address(vcpu.index, &vcpu.root_key, gva, vcpu.flushes));
+        if !done {
+            vcpu.root_epoch = None;
+        }
     }
 
-    /// INVPCID for more than one address, and whatever else flushes the guest's TLB.
+    /// INVPCID for more than one address, and whatever else flushes the guest's TLB. It takes effect
+    /// with the next [`Mmu::prepare_entry`].
+    #[allow(clippy::unused_self, reason = "the virtual CPU is this MMU's")]
     pub fn flush_guest_tlb(&self, vcpu: &mut Vcpu) {
-        let _ = vcpu;
-        self.locked(|core| core.sync_all());
+        vcpu.flushes += 1;
+        vcpu.root_epoch = None;
     }
 
     /// Translates an address for the emulation of an instruction.
@@ -793,8 +814,7 @@ impl<H: Host> Mmu<H> {
     pub fn statistics(&self) -> Statistics {
         let state = self.state.lock();
         Statistics {
-            mmu_unsync: (state.pages.unsync_leaves().len() + state.pages.unsync_tables().len())
-                as u64,
+            mmu_unsync: state.pages.unsync().count() as u64,
             mmu_pages_used: state.used as u64,
             mmu_pages_limit: state.limit as u64,
             ..state.counters
@@ -803,41 +823,6 @@ impl<H: Host> Mmu<H> {
 }
 
 impl<H: Host> Core<'_, H> {
-    /// Brings the one leaf entry for `gva` up to date in every root of the virtual CPU.
-    fn sync_address(&mut self, vcpu: usize, gva: Gva) {
-        let Some(roots) = self.state.vcpus[vcpu].as_ref() else {
-            return;
-        };
-        let (current, previous) = (roots.current, roots.previous);
-        for root in current.iter().chain(previous.iter().flatten()) {
-            let index = first_index(root.key.role.format, gva);
-            let Some(mut page) = root.pages[index].and_then(|id| self.state.pages.active(id))
-            else {
-                continue;
-            };
-            loop {
-                let id = page.id();
-                let level = self.state.pages[id].role.level;
-                let entry = level.index(gva);
-                let spte = self.load(id, entry);
-                if spte.is_empty() {
-                    break;
-                }
-                if !self.is_leaf(id, spte)
-                    && let Target::Page(child) = self.target(id, entry, spte)
-                    && let Some(child) = self.state.pages.active(child)
-                {
-                    page = child;
-                    continue;
-                }
-                if level == Level::One && self.state.pages[id].unsync {
-                    self.sync_entry(id, entry, spte);
-                }
-                break;
-            }
-        }
-    }
-
     /// Makes every page obsolete. No root stays in use.
     fn start_zap_all(&mut self) {
         self.state.generation = self.state.generation.wrapping_add(1);

@@ -17,6 +17,24 @@ use core::num::NonZeroU32;
 use hashbrown::HashTable;
 use umbra_vcpu::address::{Gfn, Hpa};
 
+/// Neighbouring entries that share a bit in a page's maps of its entries.
+pub(crate) const GROUP: usize = ENTRIES / u64::BITS as usize;
+
+/// The groups whose bits are set.
+pub(crate) fn groups(mut bits: u64) -> impl Iterator<Item = usize> {
+    core::iter::from_fn(move || {
+        let group = (bits != 0).then(|| bits.trailing_zeros() as usize)?;
+        bits &= bits - 1;
+        Some(group)
+    })
+}
+
+/// The bit of the group that entry `index` is in.
+#[inline]
+pub(crate) const fn group_bit(index: usize) -> u64 {
+    1 << (index / GROUP)
+}
+
 /// Names a shadow page; at most 2^22 of them.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub(crate) struct PageId(NonZeroU32);
@@ -93,13 +111,17 @@ pub(crate) struct ShadowPage {
     /// Virtual CPUs' roots, in use or previous, that hold this page.
     pub root_count: u32,
     pub generation: u32,
-    /// The next page of the same batch.
-    pub next_zapped: Option<PageId>,
+    /// One bit for each [`GROUP`] of entries: clear where all of them are empty.
+    pub occupied: u64,
+    /// One bit for each [`GROUP`] of entries: clear where none leads to an unsync page. Wherever a
+    /// page or one below it is unsync, the bits of all links to it are set.
+    pub unsync_below: u64,
+    /// The next page of the same batch, or of those that are being brought up to date.
+    pub next_in_batch: Option<PageId>,
     next_same_gfn: Option<PageId>,
     /// On the list of orphans.
     orphan: bool,
     list: Links,
-    unsync_list: Links,
     orphan_list: Links,
 }
 
@@ -133,11 +155,12 @@ impl Default for ShadowPage {
             used_entries: 0,
             root_count: 0,
             generation: 0,
-            next_zapped: None,
+            occupied: 0,
+            unsync_below: 0,
+            next_in_batch: None,
             next_same_gfn: None,
             orphan: false,
             list: Links::default(),
-            unsync_list: Links::default(),
             orphan_list: Links::default(),
         }
     }
@@ -168,6 +191,29 @@ impl PageList {
 
     pub fn len(&self) -> usize {
         self.length
+    }
+}
+
+/// How many pages are unsync.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub(crate) struct Unsync {
+    /// At level 1.
+    pub leaves: usize,
+    /// At the levels above.
+    pub tables: usize,
+}
+
+impl Unsync {
+    fn at(&mut self, level: Level) -> &mut usize {
+        match level {
+            Level::One => &mut self.leaves,
+            _ => &mut self.tables,
+        }
+    }
+
+    /// At any level.
+    pub fn count(self) -> usize {
+        self.leaves + self.tables
     }
 }
 
@@ -206,8 +252,7 @@ pub(crate) struct PageTable {
     by_gfn: HashTable<PageId>,
     /// Oldest first.
     active: PageList,
-    unsync_leaves: PageList,
-    unsync_tables: PageList,
+    unsync: Unsync,
     /// Active pages that nothing leads to.
     orphans: PageList,
     /// Where the reclaimer goes on; moved along when its page leaves the list.
@@ -227,8 +272,7 @@ impl PageTable {
             pages: Arena::new(),
             by_gfn: HashTable::new(),
             active: PageList::default(),
-            unsync_leaves: PageList::default(),
-            unsync_tables: PageList::default(),
+            unsync: Unsync::default(),
             orphans: PageList::default(),
             hand: None,
         }
@@ -246,12 +290,9 @@ impl PageTable {
         &self.active
     }
 
-    pub fn unsync_leaves(&self) -> &PageList {
-        &self.unsync_leaves
-    }
-
-    pub fn unsync_tables(&self) -> &PageList {
-        &self.unsync_tables
+    /// How many pages are unsync.
+    pub fn unsync(&self) -> Unsync {
+        self.unsync
     }
 
     pub fn orphans(&self) -> &PageList {
@@ -429,27 +470,20 @@ impl PageTable {
     pub fn set_unsync(&mut self, page: ActivePage) {
         let id = page.id();
         if !core::mem::replace(&mut self[id].unsync, true) {
-            let list = match self[id].role.level {
-                Level::One => &mut self.unsync_leaves,
-                _ => &mut self.unsync_tables,
-            };
-            push_last(&mut self.pages, list, id, |page| &mut page.unsync_list);
+            *self.unsync.at(self[id].role.level) += 1;
         }
+    }
+
+    /// Whether the page, or one below it, is or may be unsync.
+    #[inline]
+    pub fn is_unsync_within(&self, id: PageId) -> bool {
+        self[id].unsync || self[id].unsync_below != 0
     }
 
     pub fn set_sync(&mut self, id: PageId) {
         if core::mem::replace(&mut self[id].unsync, false) {
-            let list = match self[id].role.level {
-                Level::One => &mut self.unsync_leaves,
-                _ => &mut self.unsync_tables,
-            };
-            unlink(&mut self.pages, list, id, |page| &mut page.unsync_list);
+            *self.unsync.at(self[id].role.level) -= 1;
         }
-    }
-
-    /// The next page on the same unsync list.
-    pub fn next_unsync(&self, id: PageId) -> Option<PageId> {
-        self[id].unsync_list.next
     }
 }
 
@@ -475,7 +509,7 @@ mod tests {
     #[test]
     fn metadata_is_small() {
         assert!(
-            size_of::<ShadowPage>() <= 144,
+            size_of::<ShadowPage>() <= 160,
             "{}",
             size_of::<ShadowPage>()
         );

@@ -303,7 +303,7 @@ impl GuestPaging {
             Format::Legacy
         };
         let protection_keys = format.is_long() && cr4(Cr4Flags::PROTECTION_KEY_USER);
-        Self {
+        let mut paging = Self {
             format,
             write_protect: registers.cr0.contains(Cr0Flags::WRITE_PROTECT),
             no_execute: matches!(format, Format::Pae | Format::Long4 | Format::Long5)
@@ -314,16 +314,20 @@ impl GuestPaging {
             smap: cr4(Cr4Flags::SUPERVISOR_MODE_ACCESS_PREVENTION),
             protection_keys,
             pkru: if protection_keys { pkru } else { Pkru(0) },
-            table: match format {
-                Format::Unpaged | Format::Pae => Gfn::new(0),
-                Format::Legacy => Gfn::new(registers.cr3.table().as_u64() & 0xf_ffff),
-                Format::Long4 | Format::Long5 => registers.cr3.table(),
-            },
-            pdptrs: if format == Format::Pae {
-                registers.pdptrs
-            } else {
-                Pdptrs::default()
-            },
+            table: Gfn::new(0),
+            pdptrs: Pdptrs::default(),
+        };
+        paging.set_table(registers);
+        paging
+    }
+
+    /// Follows a change of nothing but CR3 and the pointers.
+    pub fn set_table(&mut self, registers: &PagingRegisters) {
+        match self.format {
+            Format::Unpaged => {}
+            Format::Pae => self.pdptrs = registers.pdptrs,
+            Format::Legacy => self.table = Gfn::new(registers.cr3.table().as_u64() & 0xf_ffff),
+            Format::Long4 | Format::Long5 => self.table = registers.cr3.table(),
         }
     }
 

@@ -5,11 +5,13 @@
 
 use crate::error::MmuError;
 use crate::host::Host;
+use crate::mmu::RootChange;
 use crate::page::{ActivePage, PageId};
 use crate::registers::{Format, GuestPaging, Pdptrs};
 use crate::role::{EntryFormat, Role, bits};
 use crate::spte::Spte;
 use crate::state::Core;
+use crate::sync::Reach;
 use crate::zap::Batch;
 use umbra_vcpu::address::{Gfn, Gva, Hpa};
 
@@ -32,6 +34,12 @@ impl RootKey {
             pdptrs: paging.pdptrs,
         }
     }
+
+    /// Follows a change of nothing but CR3 and the pointers.
+    pub fn set_table(&mut self, paging: &GuestPaging) {
+        self.table = paging.table;
+        self.pdptrs = paging.pdptrs;
+    }
 }
 
 /// Pages held for one value of the guest's registers.
@@ -39,6 +47,9 @@ impl RootKey {
 pub(crate) struct Root {
     pub key: RootKey,
     pub pages: [Option<PageId>; 4],
+    /// How often the virtual CPU had flushed its translations when all that the root leads to was
+    /// last up to date.
+    pub synced: u64,
 }
 
 /// The roots of one virtual CPU.
@@ -96,39 +107,115 @@ impl<H: Host> Core<'_, H> {
         (self.state.pages[page.id()].generation == self.state.generation).then_some(page)
     }
 
-    /// Makes the root for `paging` the current one. Returns whether the hardware's root changed.
+    /// Makes the root for `key` the current one if it is that already or a previous one, and brings
+    /// up to date what it leads to unless it is so since `flushes`. `None` if it takes more.
+    pub fn use_cached_root(
+        &mut self,
+        vcpu: usize,
+        key: &RootKey,
+        flushes: u64,
+    ) -> Option<RootChange> {
+        let roots = self.state.vcpus[vcpu].as_ref()?;
+        let current = roots.current.as_ref()?;
+        if !self.is_usable(current) {
+            return None;
+        }
+        let mut change = RootChange::Same;
+        if current.key != *key {
+            let position = roots.previous.iter().position(|root| {
+                root.as_ref()
+                    .is_some_and(|root| root.key == *key && self.is_usable(root))
+            })?;
+            let roots = self.roots(vcpu);
+            core::mem::swap(&mut roots.current, &mut roots.previous[position]);
+            roots.previous[..=position].rotate_right(1);
+            change = RootChange::Changed;
+            self.write_pointers(vcpu);
+        }
+        self.sync_current(vcpu, flushes);
+        Some(change)
+    }
+
+    /// Makes the root for `paging` the current one, up to date.
     pub fn load_root(
         &mut self,
         vcpu: usize,
         key: &RootKey,
         paging: &GuestPaging,
-    ) -> Result<bool, MmuError> {
-        let key = *key;
-        let current = self.roots(vcpu).current;
-        if let Some(root) = current
-            && root.key == key
-            && self.is_usable(&root)
-        {
-            return Ok(false);
+        flushes: u64,
+    ) -> Result<RootChange, MmuError> {
+        if let Some(change) = self.use_cached_root(vcpu, key, flushes) {
+            return Ok(change);
         }
         let mut batch = Batch::new();
         self.retire_current(vcpu, &mut batch);
-        let cached = self.take_previous(vcpu, &key);
+        let cached = self.take_previous(vcpu, key, &mut batch);
         self.commit(batch);
         let root = match cached {
             Some(root) => root,
-            None => self.build_root(key, paging)?,
+            None => self.build_root(*key, paging, flushes)?,
         };
         self.roots(vcpu).current = Some(root);
-        if !paging.format.is_long() {
-            let pointers = self.roots(vcpu).pointers;
-            for (index, page) in root.pages.iter().enumerate() {
-                let value =
-                    page.map_or(Spte::EMPTY, |id| Spte::pointer(self.state.pages[id].frame));
-                self.host.store(pointers, index, value.0);
-            }
+        self.write_pointers(vcpu);
+        self.sync_current(vcpu, flushes);
+        Ok(RootChange::Changed)
+    }
+
+    /// Brings up to date what the current root leads to.
+    fn sync_current(&mut self, vcpu: usize, flushes: u64) {
+        let Some(root) = &mut self.roots(vcpu).current else {
+            return;
+        };
+        if root.synced != flushes {
+            root.synced = flushes;
+            let pages = root.pages;
+            self.sync_within(pages.into_iter().flatten(), Reach::All);
         }
-        Ok(true)
+    }
+
+    /// Lets the pointers that the hardware reads outside long mode be those of the current root.
+    fn write_pointers(&mut self, vcpu: usize) {
+        let roots = self.roots(vcpu);
+        let pointers = roots.pointers;
+        let Some(root) = roots.current.filter(|root| !root.key.role.format.is_long()) else {
+            return;
+        };
+        for (index, page) in root.pages.into_iter().enumerate() {
+            let value = page.map_or(Spte::EMPTY, |id| Spte::pointer(self.state.pages[id].frame));
+            self.host.store(pointers, index, value.0);
+        }
+    }
+
+    /// INVLPG: the one address in the current root, and its upper tables, are up to date as of
+    /// `flushes`. Other roots will be when they are loaded. `false` if the current root, too, has to
+    /// be loaded first.
+    pub fn invalidate_address(
+        &mut self,
+        vcpu: usize,
+        key: &RootKey,
+        gva: Gva,
+        flushes: u64,
+    ) -> bool {
+        let current = self.roots(vcpu).current;
+        let Some(root) = current
+            .filter(|root| root.key == *key && root.synced + 1 == flushes && self.is_usable(root))
+        else {
+            return false;
+        };
+        let unsync = self.state.pages.unsync();
+        if unsync.tables > 0 {
+            self.sync_within(root.pages.into_iter().flatten(), Reach::UpperTables);
+        }
+        if unsync.leaves > 0
+            && let Some(page) = root.pages[first_index(key.role.format, gva)]
+        {
+            self.sync_address(page, gva);
+        }
+        self.roots(vcpu).current = Some(Root {
+            synced: flushes,
+            ..root
+        });
+        true
     }
 
     /// The hardware's address of the current root.
@@ -140,7 +227,12 @@ impl<H: Host> Core<'_, H> {
         }
     }
 
-    fn build_root(&mut self, key: RootKey, paging: &GuestPaging) -> Result<Root, MmuError> {
+    fn build_root(
+        &mut self,
+        key: RootKey,
+        paging: &GuestPaging,
+        flushes: u64,
+    ) -> Result<Root, MmuError> {
         let mut wanted = [None; 4];
         match paging.format {
             Format::Long4 | Format::Long5 => wanted[0] = Some(key.table),
@@ -165,7 +257,11 @@ impl<H: Host> Core<'_, H> {
                 pages[index] = Some(page.id());
             }
         }
-        Ok(Root { key, pages })
+        Ok(Root {
+            key,
+            pages,
+            synced: flushes,
+        })
     }
 
     fn release(&mut self, root: &Root, batch: &mut Batch) {
@@ -193,7 +289,7 @@ impl<H: Host> Core<'_, H> {
         }
     }
 
-    fn take_previous(&mut self, vcpu: usize, key: &RootKey) -> Option<Root> {
+    fn take_previous(&mut self, vcpu: usize, key: &RootKey, batch: &mut Batch) -> Option<Root> {
         let position = self
             .roots(vcpu)
             .previous
@@ -204,9 +300,7 @@ impl<H: Host> Core<'_, H> {
         if self.is_usable(&root) {
             return Some(root);
         }
-        let mut batch = Batch::new();
-        self.release(&root, &mut batch);
-        self.commit(batch);
+        self.release(&root, batch);
         None
     }
 

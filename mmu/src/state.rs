@@ -9,7 +9,7 @@ use crate::config::MmuConfig;
 use crate::host::{Host, Touch};
 use crate::level::Level;
 use crate::lock::AtomicU64;
-use crate::page::{ActivePage, PageId, PageTable, Translations};
+use crate::page::{ActivePage, PageId, PageTable, Translations, group_bit};
 use crate::registers::Rights;
 use crate::rmap::{RmapHead, RmapNodes, SpteRef};
 use crate::root::VcpuRoots;
@@ -85,7 +85,7 @@ impl Leaf {
     }
 }
 
-const fn leaf_translation(gfn: Gfn, rights: Rights) -> u64 {
+pub(crate) const fn leaf_translation(gfn: Gfn, rights: Rights) -> u64 {
     gfn.as_u64() << 8 | rights.bits() as u64
 }
 
@@ -169,6 +169,7 @@ impl<H: Host> Core<'_, H> {
     fn note(&mut self, page: PageId, index: usize, translation: u64) {
         let shadow = &mut self.state.pages[page];
         shadow.used_entries += 1;
+        shadow.occupied |= group_bit(index);
         if let Some(translations) = &mut shadow.translations {
             translations[index] = translation;
         }
@@ -184,7 +185,10 @@ impl<H: Host> Core<'_, H> {
         state.nodes.insert(&mut parents, SpteRef { page, index });
         state.pages[child].parents = parents;
         state.pages.note_orphan(child);
-        let value = Spte::link(state.pages[child].frame);
+        if state.pages.is_unsync_within(child) {
+            self.mark_unsync_below(SpteRef { page, index });
+        }
+        let value = Spte::link(self.state.pages[child].frame);
         self.host
             .store(self.state.pages[page].frame, index, value.0);
     }

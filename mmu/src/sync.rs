@@ -7,26 +7,52 @@
 //! the table maps itself.
 //!
 //! Syncing write-protects the table again, flushes, and then drops every entry that no longer says
-//! what the guest's does. It happens to all unsync pages when the guest loads a paging register or
-//! flushes its TLB; to all unsync upper tables and the one leaf entry at INVLPG, which also
-//! invalidates all paging-structure caches (SDM vol. 3A 4.10.4.1); and to a page that is about to be
-//! linked in a new place, because for a new translation no guest has to flush.
+//! what the guest's does. Which pages are synced when:
+//!
+//! - All that a root leads to, before the hardware uses it for the first time after the guest has
+//!   loaded a paging register or flushed its TLB. Pages that only other roots lead to stay as they
+//!   are, until one of those is loaded.
+//! - The upper tables that the root leads to and the one leaf entry, at INVLPG, which also invalidates
+//!   all paging-structure caches (SDM vol. 3A 4.10.4.1).
+//! - All that a page leads to when it is about to be linked in a new place, because for a new
+//!   translation no guest has to flush.
+//!
+//! The way down to the unsync pages is marked in the pages above (`ShadowPage::unsync_below`), so a
+//! root without any costs nothing, and the marks that are followed are cleared.
 
 use crate::host::Host;
-use crate::level::{ENTRIES, Level};
-use crate::page::{ActivePage, PageId};
+use crate::level::Level;
+use crate::page::{GROUP, PageId, group_bit, groups};
 use crate::registers::{Format, Rights};
+use crate::rmap::{RmapNodes, SpteRef};
 use crate::role::{Role, bits};
 use crate::spte::Spte;
-use crate::state::{Core, Target};
+use crate::state::{Core, Target, leaf_translation};
 use crate::zap::Batch;
-use umbra_vcpu::address::Gfn;
+use umbra_vcpu::address::{Gfn, Gva};
 
 /// What the guest's entry behind a shadow entry asks for.
 pub(crate) enum Wanted {
     Nothing,
     Leaf { gfn: Gfn, rights: Rights },
     Page { gfn: Gfn, role: Role },
+}
+
+/// What a sync brings up to date of the pages that it comes to.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Reach {
+    /// Every page.
+    All,
+    /// Those above level 1.
+    UpperTables,
+}
+
+/// Whether an entry says what the guest's says.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kept {
+    Yes,
+    /// It didn't, and was dropped.
+    No,
 }
 
 /// After this many writes without use in between, a table is taken to be one no longer.
@@ -64,11 +90,8 @@ impl<H: Host> Core<'_, H> {
         }
     }
 
-    /// Drops entry `index` unless it is what the guest's table asks for.
-    pub fn sync_entry(&mut self, id: PageId, index: usize, spte: Spte) {
-        if spte.is_empty() {
-            return;
-        }
+    /// Drops entry `index`, which isn't empty, unless it is what the guest's table asks for.
+    fn sync_entry(&mut self, id: PageId, index: usize, spte: Spte) -> Kept {
         let keeps = match (self.wanted(id, index), self.target(id, index, spte)) {
             (Wanted::Leaf { gfn, rights }, held @ Target::Leaf { .. }) => {
                 held == Target::Leaf { gfn, rights }
@@ -87,69 +110,136 @@ impl<H: Host> Core<'_, H> {
             }
             (Wanted::Nothing, _) | (Wanted::Page { .. }, Target::Leaf { .. }) => false,
         };
-        if !keeps {
-            self.drop_entry(id, index);
+        if keeps {
+            return Kept::Yes;
         }
+        self.drop_entry(id, index);
+        Kept::No
     }
 
-    /// Brings one unsync page up to date and write-protects its table.
-    pub fn sync_page(&mut self, page: ActivePage) {
-        let id = page.id();
-        if !self.state.pages[id].unsync {
+    /// Brings the one leaf entry for `gva` below `page` up to date.
+    pub fn sync_address(&mut self, mut page: PageId, gva: Gva) {
+        loop {
+            let level = self.state.pages[page].role.level;
+            let index = level.index(gva);
+            let spte = self.load(page, index);
+            if spte.is_empty() {
+                return;
+            }
+            if !self.is_leaf(page, spte)
+                && let Target::Page(child) = self.target(page, index, spte)
+            {
+                page = child;
+                continue;
+            }
+            if level == Level::One && self.state.pages[page].unsync {
+                self.sync_entry(page, index, spte);
+            }
             return;
         }
-        self.state.pages.set_sync(id);
-        let gfn = self.state.pages[id].gfn;
-        self.write_protect(gfn);
-        self.flush();
-        self.compare(id);
     }
 
+    /// Notes at `link`, and above its page, that it leads to an unsync page.
+    pub fn mark_unsync_below(&mut self, link: SpteRef) {
+        let page = &mut self.state.pages[link.page];
+        let known = page.unsync_below != 0;
+        page.unsync_below |= group_bit(link.index);
+        if !known {
+            self.mark_links_to(link.page);
+        }
+    }
+
+    fn mark_links_to(&mut self, page: PageId) {
+        let mut cursor = RmapNodes::start(self.state.pages[page].parents);
+        while let Some(link) = self.state.nodes.step(&mut cursor) {
+            self.mark_unsync_below(link);
+        }
+    }
+
+    /// Brings everything up to date that `pages` lead to, themselves included, with one flush.
+    pub fn sync_within(&mut self, pages: impl IntoIterator<Item = PageId>, reach: Reach) {
+        let mut found = None;
+        for page in pages {
+            if self.state.pages.is_unsync_within(page) {
+                self.gather(page, reach, &mut found);
+            }
+        }
+        if found.is_none() {
+            return;
+        }
+        // Only now does no processor write the tables any more.
+        self.flush();
+        while let Some(id) = found {
+            found = self.state.pages[id].next_in_batch.take();
+            self.compare(id);
+        }
+    }
+
+    /// Write-protects the unsync tables at and below a page, and adds their pages to `found`.
+    fn gather(&mut self, id: PageId, reach: Reach, found: &mut Option<PageId>) {
+        let shadow = &mut self.state.pages[id];
+        if shadow.unsync && (reach == Reach::All || shadow.role.level != Level::One) {
+            shadow.next_in_batch = found.replace(id);
+            let gfn = shadow.gfn;
+            self.state.pages.set_sync(id);
+            self.write_protect(gfn);
+        }
+        let mut left = 0;
+        for group in groups(self.state.pages[id].unsync_below) {
+            for index in group * GROUP..(group + 1) * GROUP {
+                let spte = self.load(id, index);
+                if spte.is_empty() {
+                    continue;
+                }
+                let Target::Page(child) = self.target(id, index, spte) else {
+                    continue;
+                };
+                self.gather(child, reach, found);
+                if self.state.pages.is_unsync_within(child) {
+                    left |= group_bit(index);
+                }
+            }
+        }
+        self.state.pages[id].unsync_below = left;
+    }
+
+    /// Drops all entries of a page that aren't what the guest's table asks for.
     fn compare(&mut self, id: PageId) {
-        for index in 0..ENTRIES {
-            let spte = self.load(id, index);
-            self.sync_entry(id, index, spte);
+        let page = &self.state.pages[id];
+        let (role, frame, table, occupied) = (page.role, page.frame, page.gfn, page.occupied);
+        let slot = self.state.slots.usable(table);
+        let memory = slot.and_then(|slot| self.frame_in(slot, table));
+        let format = role.entries();
+        let suspicious = format.suspicious(self.config.features);
+        let mut left = 0;
+        for group in groups(occupied) {
+            for index in group * GROUP..(group + 1) * GROUP {
+                let spte = Spte(self.host.load(frame, index));
+                if spte.is_empty() {
+                    continue;
+                }
+                // The plain case: a leaf that a well-formed guest entry still asks for.
+                let held = &self.state.pages[id].translations;
+                let same = role.level == Level::One
+                    && memory.zip(held.as_ref()).is_some_and(|(memory, held)| {
+                        let offset = role.guest_entry_offset(index);
+                        let value = self.load_guest(role.format, memory, offset);
+                        let rights = role.rights & format.rights(value);
+                        let plain = bits::PRESENT | bits::ACCESSED;
+                        value & (plain | suspicious) == plain
+                            && !format.is_fetch_only(rights, value)
+                            && held[index]
+                                == leaf_translation(
+                                    format.table(value),
+                                    format.leaf_rights(rights, value),
+                                )
+                    });
+                if same || self.sync_entry(id, index, spte) == Kept::Yes {
+                    left |= group_bit(index);
+                }
+            }
         }
-    }
-
-    /// Brings all unsync upper tables up to date, with one flush before the comparison.
-    pub fn sync_tables(&mut self) {
-        let mut at = self.state.pages.unsync_tables().first();
-        if at.is_none() {
-            return;
-        }
-        while let Some(id) = at {
-            let gfn = self.state.pages[id].gfn;
-            self.write_protect(gfn);
-            at = self.state.pages.next_unsync(id);
-        }
-        self.flush();
-        while let Some(id) = self.state.pages.unsync_tables().first() {
-            self.state.pages.set_sync(id);
-            self.compare(id);
-        }
-    }
-
-    /// Brings everything up to date.
-    pub fn sync_all(&mut self) {
-        let mut at = self.state.pages.unsync_leaves().first();
-        while let Some(id) = at {
-            let gfn = self.state.pages[id].gfn;
-            self.write_protect(gfn);
-            at = self.state.pages.next_unsync(id);
-        }
-        let mut at = self.state.pages.unsync_tables().first();
-        while let Some(id) = at {
-            let gfn = self.state.pages[id].gfn;
-            self.write_protect(gfn);
-            at = self.state.pages.next_unsync(id);
-        }
-        self.flush();
-        while let Some(id) = self.state.pages.unsync_leaves().first() {
-            self.state.pages.set_sync(id);
-            self.compare(id);
-        }
-        self.sync_tables();
+        self.state.pages[id].occupied = left;
     }
 
     /// Lets the guest write the tables in `gfn`: their shadow pages become unsync, or go if they
@@ -176,6 +266,7 @@ impl<H: Host> Core<'_, H> {
                 at = self.state.pages.first_of(gfn);
             } else {
                 self.state.pages.set_unsync(page);
+                self.mark_links_to(id);
             }
         }
         self.commit(batch);
@@ -199,7 +290,9 @@ impl<H: Host> Core<'_, H> {
             }
             for index in role.entries_of_bytes(offset, offset + length) {
                 let spte = self.load(id, index);
-                self.sync_entry(id, index, spte);
+                if !spte.is_empty() {
+                    self.sync_entry(id, index, spte);
+                }
             }
         }
         self.flush();

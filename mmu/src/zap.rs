@@ -6,9 +6,8 @@
 //! and the last to let go of it frees it.
 
 use crate::host::Host;
-use crate::level::ENTRIES;
 use crate::lock::Ordering;
-use crate::page::{ActivePage, PageId, PageState};
+use crate::page::{ActivePage, GROUP, PageId, PageState, groups};
 use crate::state::{CACHED, Core};
 use alloc::vec::Vec;
 use umbra_vcpu::address::Gfn;
@@ -60,15 +59,17 @@ impl<H: Host> Core<'_, H> {
         while let Some(parent) = self.state.nodes.first(self.state.pages[id].parents) {
             self.drop_entry(parent.page, parent.index);
         }
-        for index in 0..ENTRIES {
+        for group in groups(self.state.pages[id].occupied) {
             if self.state.pages[id].used_entries == 0 {
                 break;
             }
-            if let Some(child) = self.drop_entry(id, index)
-                && self.is_orphan(child)
-                && let Some(child) = self.state.pages.active(child)
-            {
-                zapped += self.prepare_zap(child, batch);
+            for index in group * GROUP..(group + 1) * GROUP {
+                if let Some(child) = self.drop_entry(id, index)
+                    && self.is_orphan(child)
+                    && let Some(child) = self.state.pages.active(child)
+                {
+                    zapped += self.prepare_zap(child, batch);
+                }
             }
         }
         let shadow = &self.state.pages[id];
@@ -94,7 +95,7 @@ impl<H: Host> Core<'_, H> {
     }
 
     fn add(&mut self, id: PageId, batch: &mut Batch) {
-        self.state.pages[id].next_zapped = batch.first.replace(id);
+        self.state.pages[id].next_in_batch = batch.first.replace(id);
         batch.length += 1;
     }
 
@@ -109,7 +110,7 @@ impl<H: Host> Core<'_, H> {
         let mut freed = 0;
         while let Some(id) = at {
             let page = self.state.pages.release(id);
-            at = page.next_zapped;
+            at = page.next_in_batch;
             freed += 1;
             // Every entry was cleared, so the frame is as good as a new one.
             give(&mut self.state.caches.frames, page.frame, |frame| {
