@@ -57,8 +57,10 @@ pub struct Vcpu {
     root_key: RootKey,
     /// The epoch at which the root was last found good; `None` if it must be loaded.
     root_epoch: Option<u64>,
-    /// How often the guest has flushed translations. A root is up to date if it was synced since.
+    /// How often the guest has flushed translations.
     flushes: u64,
+    /// The last of these flushes after which the root was brought up to date.
+    synced: u64,
     root: Hpa,
 }
 
@@ -413,6 +415,7 @@ impl<H: Host> Mmu<H> {
             root_key: RootKey::of(&paging),
             root_epoch: None,
             flushes: 0,
+            synced: 0,
             root: Hpa::new(0),
         })
     }
@@ -465,13 +468,15 @@ impl<H: Host> Mmu<H> {
     /// this flushes the guest's TLB, which takes effect with the next [`Mmu::prepare_entry`].
     pub fn load_registers(&self, vcpu: &mut Vcpu, registers: PagingRegisters) {
         let old = core::mem::replace(&mut vcpu.registers, registers);
-        if (old.cr0, old.cr4, old.efer) == (registers.cr0, registers.cr4, registers.efer) {
+        vcpu.flushes += 1;
+        if old.same_rules(&registers) {
             vcpu.paging.set_table(&registers);
-            vcpu.root_key.set_table(&vcpu.paging);
+            if vcpu.root_key.set_table(&vcpu.paging) {
+                vcpu.root_epoch = None;
+            }
         } else {
             self.renew(vcpu);
         }
-        self.flush_guest_tlb(vcpu);
     }
 
     /// Takes over PKRU after WRPKRU or XRSTOR.
@@ -519,7 +524,11 @@ impl<H: Host> Mmu<H> {
     pub fn prepare_entry(&self, vcpu: &mut Vcpu) -> Result<HardwareRoot, MmuError> {
         let epoch = self.root_epoch.load(Ordering::Acquire);
         let mut change = RootChange::Same;
-        if vcpu.root_epoch != Some(epoch) {
+        if vcpu.root_epoch == Some(epoch) {
+            if vcpu.synced != vcpu.flushes {
+                self.locked(|core| core.sync_current(vcpu.index, vcpu.flushes));
+            }
+        } else {
             let (index, key, paging, flushes) =
                 (vcpu.index, &vcpu.root_key, &vcpu.paging, vcpu.flushes);
             let cached = self.locked(|core| {
@@ -539,6 +548,7 @@ impl<H: Host> Mmu<H> {
             vcpu.root = root;
             vcpu.root_epoch = Some(epoch);
         }
+        vcpu.synced = vcpu.flushes;
         Ok(HardwareRoot {
             root: vcpu.root,
             mode: vcpu.paging.format.shadow_mode(),
@@ -615,8 +625,8 @@ impl<H: Host> Mmu<H> {
         vcpu.flushes += 1;
         let done = self
             .locked(|core| core.invalidate_address(vcpu.index, &vcpu.root_key, gva, vcpu.flushes));
-        if !done {
-            vcpu.root_epoch = None;
+        if done {
+            vcpu.synced = vcpu.flushes;
         }
     }
 
@@ -625,7 +635,6 @@ impl<H: Host> Mmu<H> {
     #[allow(clippy::unused_self, reason = "the virtual CPU is this MMU's")]
     pub fn flush_guest_tlb(&self, vcpu: &mut Vcpu) {
         vcpu.flushes += 1;
-        vcpu.root_epoch = None;
     }
 
     /// Translates an address for the emulation of an instruction.

@@ -20,12 +20,12 @@ use umbra_vcpu::address::{Gfn, Hpa};
 /// Neighbouring entries that share a bit in a page's maps of its entries.
 pub(crate) const GROUP: usize = ENTRIES / u64::BITS as usize;
 
-/// The groups whose bits are set.
-pub(crate) fn groups(mut bits: u64) -> impl Iterator<Item = usize> {
+/// The numbers of the bits that are set, from the lowest on.
+pub(crate) fn ones(mut bits: u64) -> impl Iterator<Item = usize> {
     core::iter::from_fn(move || {
-        let group = (bits != 0).then(|| bits.trailing_zeros() as usize)?;
+        let number = (bits != 0).then(|| bits.trailing_zeros() as usize)?;
         bits &= bits - 1;
-        Some(group)
+        Some(number)
     })
 }
 

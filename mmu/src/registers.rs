@@ -91,6 +91,22 @@ impl PagingRegisters {
         pdptrs: Pdptrs([0; 4]),
     };
 
+    /// Whether tables are read alike: the two differ in nothing but where the tables are, or in what
+    /// doesn't matter to paging.
+    pub(crate) fn same_rules(&self, other: &Self) -> bool {
+        let cr0 = Cr0Flags::PAGING | Cr0Flags::WRITE_PROTECT;
+        let cr4 = Cr4Flags::PAGE_SIZE_EXTENSION
+            | Cr4Flags::PHYSICAL_ADDRESS_EXTENSION
+            | Cr4Flags::L5_PAGING
+            | Cr4Flags::SUPERVISOR_MODE_EXECUTION_PROTECTION
+            | Cr4Flags::SUPERVISOR_MODE_ACCESS_PREVENTION
+            | Cr4Flags::PROTECTION_KEY_USER;
+        let efer = EferFlags::LONG_MODE_ENABLE | EferFlags::NO_EXECUTE_ENABLE;
+        !(self.cr0 ^ other.cr0).intersects(cr0)
+            && !(self.cr4 ^ other.cr4).intersects(cr4)
+            && !(self.efer ^ other.efer).intersects(efer)
+    }
+
     /// Whether CR3 points to four pointers that a load of CR3 reads (PAE paging, not long mode).
     pub fn uses_pdptrs(&self) -> bool {
         self.cr0.contains(Cr0Flags::PAGING)

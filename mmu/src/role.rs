@@ -180,6 +180,12 @@ pub(crate) mod bits {
     pub const NO_EXECUTE: u64 = 1 << 63;
 }
 
+// As `EntryFormat::rights` takes them over.
+const _: () = assert!(
+    bits::WRITE >> 1 == Rights::WRITE.bits() as u64
+        && bits::USER >> 1 == Rights::USER.bits() as u64
+);
+
 /// Bits `low..=high`.
 const fn span(low: u32, high: u32) -> u64 {
     if low > high {
@@ -272,14 +278,14 @@ impl EntryFormat {
     /// What this entry permits by itself.
     #[inline]
     pub fn rights(&self, value: u64) -> Rights {
-        let mut rights = Rights::empty();
-        rights.set(Rights::WRITE, value & bits::WRITE != 0);
-        rights.set(Rights::USER, value & bits::USER != 0);
-        rights.set(
-            Rights::EXECUTE,
-            !self.no_execute || value & bits::NO_EXECUTE == 0,
-        );
-        rights
+        // The two lower rights lie as in the entry.
+        let kept = Rights::WRITE | Rights::USER;
+        let rights = kept & Rights::from_bits_retain((value >> 1) as u8);
+        if self.no_execute && value & bits::NO_EXECUTE != 0 {
+            rights
+        } else {
+            rights | Rights::EXECUTE
+        }
     }
 
     /// The frame of the table that a non-leaf entry points to.

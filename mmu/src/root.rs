@@ -35,10 +35,12 @@ impl RootKey {
         }
     }
 
-    /// Follows a change of nothing but CR3 and the pointers.
-    pub fn set_table(&mut self, paging: &GuestPaging) {
+    /// Follows a change of nothing but CR3 and the pointers. Whether it is another key now.
+    pub fn set_table(&mut self, paging: &GuestPaging) -> bool {
+        let changed = self.table != paging.table || self.pdptrs != paging.pdptrs;
         self.table = paging.table;
         self.pdptrs = paging.pdptrs;
+        changed
     }
 }
 
@@ -162,12 +164,13 @@ impl<H: Host> Core<'_, H> {
     }
 
     /// Brings up to date what the current root leads to.
-    fn sync_current(&mut self, vcpu: usize, flushes: u64) {
+    pub fn sync_current(&mut self, vcpu: usize, flushes: u64) {
+        let any = self.state.pages.unsync().count() > 0;
         let Some(root) = &mut self.roots(vcpu).current else {
             return;
         };
-        if root.synced != flushes {
-            root.synced = flushes;
+        let synced = core::mem::replace(&mut root.synced, flushes);
+        if any && synced != flushes {
             let pages = root.pages;
             self.sync_within(pages.into_iter().flatten(), Reach::All);
         }

@@ -22,14 +22,14 @@
 
 use crate::host::Host;
 use crate::level::Level;
-use crate::page::{GROUP, PageId, group_bit, groups};
+use crate::page::{GROUP, PageId, group_bit, ones};
 use crate::registers::{Format, Rights};
 use crate::rmap::{RmapNodes, SpteRef};
-use crate::role::{Role, bits};
+use crate::role::{EntryFormat, Role, bits};
 use crate::spte::Spte;
 use crate::state::{Core, Target, leaf_translation};
 use crate::zap::Batch;
-use umbra_vcpu::address::{Gfn, Gva};
+use umbra_vcpu::address::{Gfn, Gva, Pfn};
 
 /// What the guest's entry behind a shadow entry asks for.
 pub(crate) enum Wanted {
@@ -45,6 +45,23 @@ pub(crate) enum Reach {
     All,
     /// Those above level 1.
     UpperTables,
+}
+
+/// What the guest's entries behind a level-1 page are read by.
+struct Leaves {
+    memory: Pfn,
+    role: Role,
+    format: EntryFormat,
+    /// Bits that may be reserved.
+    malformed: u64,
+}
+
+/// Of a group of entries, a bit for each.
+struct Seen {
+    /// Those that aren't empty.
+    used: u64,
+    /// Of these, those that say what the guest's say.
+    same: u64,
 }
 
 /// Whether an entry says what the guest's says.
@@ -185,7 +202,7 @@ impl<H: Host> Core<'_, H> {
             self.write_protect(gfn);
         }
         let mut left = 0;
-        for group in groups(self.state.pages[id].unsync_below) {
+        for group in ones(self.state.pages[id].unsync_below) {
             for index in group * GROUP..(group + 1) * GROUP {
                 let spte = self.load(id, index);
                 if spte.is_empty() {
@@ -205,41 +222,62 @@ impl<H: Host> Core<'_, H> {
 
     /// Drops all entries of a page that aren't what the guest's table asks for.
     fn compare(&mut self, id: PageId) {
-        let page = &self.state.pages[id];
-        let (role, frame, table, occupied) = (page.role, page.frame, page.gfn, page.occupied);
-        let slot = self.state.slots.usable(table);
-        let memory = slot.and_then(|slot| self.frame_in(slot, table));
-        let format = role.entries();
-        let suspicious = format.suspicious(self.config.features);
-        let mut left = 0;
-        for group in groups(occupied) {
-            for index in group * GROUP..(group + 1) * GROUP {
-                let spte = Spte(self.host.load(frame, index));
-                if spte.is_empty() {
-                    continue;
-                }
-                // The plain case: a leaf that a well-formed guest entry still asks for.
-                let held = &self.state.pages[id].translations;
-                let same = role.level == Level::One
-                    && memory.zip(held.as_ref()).is_some_and(|(memory, held)| {
-                        let offset = role.guest_entry_offset(index);
-                        let value = self.load_guest(role.format, memory, offset);
-                        let rights = role.rights & format.rights(value);
-                        let plain = bits::PRESENT | bits::ACCESSED;
-                        value & (plain | suspicious) == plain
-                            && !format.is_fetch_only(rights, value)
-                            && held[index]
-                                == leaf_translation(
-                                    format.table(value),
-                                    format.leaf_rights(rights, value),
-                                )
-                    });
-                if same || self.sync_entry(id, index, spte) == Kept::Yes {
-                    left |= group_bit(index);
-                }
+        let leaves = self.leaves(id);
+        for group in ones(self.state.pages[id].occupied) {
+            let first = group * GROUP;
+            let seen = self.see(id, first, leaves.as_ref());
+            let mut kept = seen.same != 0;
+            for place in ones(seen.used & !seen.same) {
+                let spte = self.load(id, first + place);
+                kept |= self.sync_entry(id, first + place, spte) == Kept::Yes;
+            }
+            if !kept {
+                self.state.pages[id].occupied &= !group_bit(first);
             }
         }
-        self.state.pages[id].occupied = left;
+    }
+
+    /// How to read the guest's table behind a level-1 page, if it is memory and no keys matter.
+    fn leaves(&self, id: PageId) -> Option<Leaves> {
+        let page = &self.state.pages[id];
+        let (role, table, format) = (page.role, page.gfn, page.role.entries());
+        let plain = role.level == Level::One && format.keys.is_none();
+        let slot = self.state.slots.usable(table).filter(|_| plain)?;
+        Some(Leaves {
+            memory: self.frame_in(slot, table)?,
+            role,
+            format,
+            malformed: format.suspicious(self.config.features),
+        })
+    }
+
+    /// Looks at the group of entries that begins with `first`.
+    #[inline]
+    fn see(&self, id: PageId, first: usize, leaves: Option<&Leaves>) -> Seen {
+        let page = &self.state.pages[id];
+        let mut seen = Seen { used: 0, same: 0 };
+        for place in 0..GROUP {
+            if !Spte(self.host.load(page.frame, first + place)).is_empty() {
+                seen.used |= 1 << place;
+            }
+        }
+        let (Some(leaves), Some(translations)) = (leaves, &page.translations) else {
+            return seen;
+        };
+        let format = &leaves.format;
+        for place in ones(seen.used) {
+            let offset = leaves.role.guest_entry_offset(first + place);
+            let value = self.load_guest(format.format, leaves.memory, offset);
+            let rights = format.leaf_rights(leaves.role.rights & format.rights(value), value);
+            let wanted = leaf_translation(format.table(value), rights);
+            let needed = bits::PRESENT | bits::ACCESSED;
+            if value & (needed | leaves.malformed) == needed
+                && translations[first + place] == wanted
+            {
+                seen.same |= 1 << place;
+            }
+        }
+        seen
     }
 
     /// Lets the guest write the tables in `gfn`: their shadow pages become unsync, or go if they

@@ -7,7 +7,7 @@
 
 use crate::host::Host;
 use crate::lock::Ordering;
-use crate::page::{ActivePage, GROUP, PageId, PageState, groups};
+use crate::page::{ActivePage, GROUP, PageId, PageState, ones};
 use crate::state::{CACHED, Core};
 use alloc::vec::Vec;
 use umbra_vcpu::address::Gfn;
@@ -59,7 +59,7 @@ impl<H: Host> Core<'_, H> {
         while let Some(parent) = self.state.nodes.first(self.state.pages[id].parents) {
             self.drop_entry(parent.page, parent.index);
         }
-        for group in groups(self.state.pages[id].occupied) {
+        for group in ones(self.state.pages[id].occupied) {
             if self.state.pages[id].used_entries == 0 {
                 break;
             }
