@@ -11,7 +11,7 @@ use proptest::prelude::*;
 use proptest::test_runner::{TestError, TestRunner};
 use random::encoding::{decode, encode};
 use random::scenario::{Entry, MOST_SEEDS, MOST_VMS, Op, Place, Scenario, VmSetup};
-use random::{run, steps_taken};
+use random::{run, run_quickly, steps_taken};
 
 /// Steps of the longest scenario; half of that is the mean.
 const LONGEST: usize = 800;
@@ -149,8 +149,9 @@ proptest! {
     }
 
     #[test]
-    fn any_bytes_are_a_scenario(bytes in prop::collection::vec(any::<u8>(), 0..4000)) {
+    fn any_bytes_are_a_scenario_as_for_the_fuzzer(bytes in prop::collection::vec(any::<u8>(), 0..2048)) {
         let scenario = decode(&bytes);
+        run_quickly(&scenario);
         prop_assert_eq!(decode(&encode(&scenario)), scenario);
     }
 }

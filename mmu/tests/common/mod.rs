@@ -4,7 +4,7 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use umbra_mmu::{
     Access, AccessKind, Fault, Frames, GuestMemory, HardwareRoot, Level, Marking, Mmu, OutOfMemory,
     RootChange, ShadowMode, SlotId, TlbFlush, Touch, Vcpu, Zone,
@@ -19,12 +19,25 @@ pub const RAM_BASE: u64 = 0x10_0000;
 /// Where frames for shadow pages begin.
 const FRAME_BASE: u64 = 0x8_0000;
 
+/// Pages of zeros, each of which costs nothing until something is done with it.
+struct Pages(Vec<OnceLock<Box<[AtomicU64; 512]>>>);
+
+impl Pages {
+    fn new(count: usize) -> Self {
+        Self((0..count).map(|_| OnceLock::new()).collect())
+    }
+
+    fn page(&self, number: usize) -> &[AtomicU64; 512] {
+        self.0[number].get_or_init(|| Box::new(std::array::from_fn(|_| AtomicU64::new(0))))
+    }
+}
+
 pub struct Machine {
-    ram: Vec<AtomicU64>,
+    ram: Pages,
     touched: Vec<AtomicBool>,
     /// For each slot: the page of RAM at which its memory begins.
     slots: Mutex<HashMap<SlotId, u64>>,
-    frames: Vec<AtomicU64>,
+    frames: Pages,
     frame_used: Vec<AtomicBool>,
     next_frame: AtomicUsize,
     pub frames_in_use: AtomicUsize,
@@ -55,17 +68,16 @@ struct Tlb {
 
 impl SimHost {
     pub fn new(ram_pages: usize, frames: usize) -> Self {
-        let words = |count| (0..count).map(|_| AtomicU64::new(0)).collect::<Vec<_>>();
         let flags = |count| {
             (0..count)
                 .map(|_| AtomicBool::new(false))
                 .collect::<Vec<_>>()
         };
         Self(Arc::new(Machine {
-            ram: words(ram_pages * 512),
+            ram: Pages::new(ram_pages),
             touched: flags(ram_pages),
             slots: Mutex::default(),
-            frames: words(frames * 512),
+            frames: Pages::new(frames),
             frame_used: flags(frames),
             next_frame: AtomicUsize::new(0),
             frames_in_use: AtomicUsize::new(0),
@@ -89,7 +101,12 @@ impl SimHost {
 
     /// A word of guest RAM by its page of RAM.
     pub fn word(&self, ram_page: u64, word: usize) -> &AtomicU64 {
-        &self.0.ram[ram_page as usize * 512 + word]
+        &self.0.ram.page(ram_page as usize)[word]
+    }
+
+    /// Whether anything was ever done with a page of RAM; until then it is all zeros.
+    pub fn is_in_use(&self, ram_page: u64) -> bool {
+        self.0.ram.0[ram_page as usize].get().is_some()
     }
 
     pub fn touch(&self, ram_page: u64) {
@@ -120,7 +137,7 @@ impl SimHost {
             self.0.frame_used[number].load(Ordering::Relaxed),
             "frame {frame} is used after it was freed"
         );
-        &self.0.frames[number * 512 + index]
+        &self.0.frames.page(number)[index]
     }
 }
 
@@ -213,7 +230,7 @@ impl Frames for SimHost {
             .map(|step| (start + step) % count)
             .find(|number| !self.0.frame_used[*number].swap(true, Ordering::Relaxed))?;
         self.0.frames_in_use.fetch_add(1, Ordering::Relaxed);
-        for word in &self.0.frames[number * 512..][..512] {
+        for word in self.0.frames.page(number) {
             word.store(0, Ordering::Relaxed);
         }
         Some(Pfn::new(FRAME_BASE + number as u64).base())

@@ -155,9 +155,12 @@ impl Vm {
 
     pub(super) fn compare(&self, pages: u64) {
         for page in 0..pages {
-            for word in 0..512 {
+            let model = &self.model[page as usize * 512..][..512];
+            if !self.host.is_in_use(page) && model.iter().all(|word| *word == 0) {
+                continue;
+            }
+            for (word, model) in model.iter().copied().enumerate() {
                 let real = self.host.word(page, word).load(Ordering::Relaxed);
-                let model = self.model[page as usize * 512 + word];
                 assert_eq!(
                     real, model,
                     "page {page}, word {word} ({real:#x}, not {model:#x})"

@@ -22,4 +22,4 @@ pub mod scenario;
 mod vm;
 mod world;
 
-pub use world::{run, steps_taken};
+pub use world::{run, run_quickly, steps_taken};

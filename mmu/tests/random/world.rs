@@ -26,6 +26,8 @@ struct World {
     pool: MmuPool<SimHost>,
     vms: Vec<Vm>,
     steps: u64,
+    /// Steps from one audit to the next.
+    audited_every: u64,
 }
 
 impl World {
@@ -37,10 +39,8 @@ impl World {
             Op::Pressure(amount) if amount & 1 != 0 => self.scan(usize::from(amount / 8)),
             _ => self.vms[number].step(&self.pool, op),
         }
-        for (other, vm) in self.vms.iter().enumerate() {
-            if let Err(problem) = vm.mmu.audit() {
-                panic!("VM {other} after {op:?} of {number}: {problem}");
-            }
+        if self.steps.is_multiple_of(self.audited_every) {
+            self.audit(number, op);
         }
         if self.vms[number].refused.get() != refused {
             self.others_gave_all(number);
@@ -50,6 +50,14 @@ impl World {
         // What differs stays so until it is written again: it need not be looked for at every step.
         if self.steps.is_multiple_of(COMPARED_EVERY) {
             self.vms.iter().for_each(|vm| vm.compare(LOW_PAGES));
+        }
+    }
+
+    fn audit(&self, number: usize, op: Op) {
+        for (other, vm) in self.vms.iter().enumerate() {
+            if let Err(problem) = vm.mmu.audit() {
+                panic!("VM {other} after {op:?} of {number}: {problem}");
+            }
         }
     }
 
@@ -78,8 +86,18 @@ impl World {
     }
 }
 
-/// Runs all steps of a scenario, and takes all VMs away again.
+/// Runs all steps of a scenario, and takes all VMs away again. Every step is audited.
 pub fn run(scenario: &Scenario) {
+    run_first(scenario, usize::MAX, 1);
+}
+
+/// The same for its first steps, with an audit now and then: for a fuzzer, which had rather try many
+/// scenarios and runs what it finds again with [`run`].
+pub fn run_quickly(scenario: &Scenario) {
+    run_first(scenario, 160, 16);
+}
+
+fn run_first(scenario: &Scenario, steps: usize, audited_every: u64) {
     let pool = MmuPool::new(total_limit(scenario.total));
     let setups = scenario.vms.iter();
     let vms = setups
@@ -89,9 +107,14 @@ pub fn run(scenario: &Scenario) {
         pool,
         vms,
         steps: 0,
+        audited_every,
     };
-    for (vm, op) in &scenario.steps {
-        world.step(usize::from(*vm) % world.vms.len(), *op);
+    for (vm, op) in scenario.steps.iter().take(steps) {
+        let number = usize::from(*vm) % world.vms.len();
+        world.step(number, *op);
+    }
+    for vm in &world.vms {
+        vm.mmu.audit().expect("the structures agree at the end");
     }
     let World { pool, vms, .. } = world;
     for vm in vms {
