@@ -27,10 +27,58 @@ const ZAPS: [(u32, u32); 6] = [
 const ZAP_TABLE: &str = "batch zaps, callgrind";
 /// How far the cost of a page may be from the mean, whatever the sizes, in percent.
 const SPREAD_TARGET: f64 = 30.0;
-const FILLS: u32 = 10_000;
-const FILL_TARGET: f64 = 600.0;
-const PATHS: u32 = 250;
-const PATH_TARGET: f64 = 2_500.0;
+/// An operation, the program's arguments for it, how many of it that counts, and how many instructions
+/// one may take.
+type Operation = (&'static str, &'static [&'static str], u32, Option<f64>);
+const OPERATIONS: [Operation; 12] = [
+    (
+        "fill one 4 KiB mapping",
+        &["fill", "10000"],
+        10_000,
+        Some(600.0),
+    ),
+    (
+        "fill one with three tables to make",
+        &["build", "250"],
+        250,
+        Some(2_500.0),
+    ),
+    ("CR0.WP off and on", &["wp", "500"], 500, None),
+    ("CR4.PGE on and off", &["pge", "500"], 500, None),
+    ("CR3 of a cached root", &["cr3", "500"], 1_000, None),
+    (
+        "two of these, one table of 64 mappings written",
+        &["cr3", "100", "1", "64"],
+        100,
+        None,
+    ),
+    (
+        "the same with eight such tables",
+        &["cr3", "100", "8", "64"],
+        100,
+        None,
+    ),
+    (
+        "the same with one table of 511 mappings",
+        &["cr3", "100", "1", "511"],
+        100,
+        None,
+    ),
+    ("INVLPG", &["invlpg", "500"], 500, None),
+    (
+        "INVLPG, eight other tables written",
+        &["invlpg", "500", "8"],
+        500,
+        None,
+    ),
+    ("first write to a table", &["write", "500"], 500, None),
+    (
+        "fill one and seven neighbours",
+        &["fill", "1000", "8"],
+        1_000,
+        None,
+    ),
+];
 /// What share of FIFO's faults CLOCK may take, in percent.
 const CLOCK_TARGET: f64 = 35.0;
 
@@ -38,24 +86,13 @@ pub(super) fn measure(project: &Project) -> Result<Vec<Measurement>> {
     setup::install(&setup::for_benchmarks())?;
     let program = build(project)?;
     let mut measured = Vec::new();
-    let fill = count(&program, &["fill", &FILLS.to_string()])?;
-    let path = count(&program, &["build", &PATHS.to_string()])?;
-    let costs = [
-        ("fill one 4 KiB mapping", fill, FILLS, FILL_TARGET),
-        (
-            "fill one with three tables to make",
-            path,
-            PATHS,
-            PATH_TARGET,
-        ),
-    ];
-    for (name, counted, times, target) in costs {
+    for (name, arguments, times, target) in OPERATIONS {
         measured.push(Measurement {
             table: "shadow MMU, callgrind".to_owned(),
             name: name.to_owned(),
-            value: counted.instructions / f64::from(times),
+            value: count(&program, arguments)?.instructions / f64::from(times),
             unit: INSTRUCTIONS,
-            target: Some(target),
+            target,
         });
     }
     let mut a_page = Vec::new();
