@@ -55,6 +55,10 @@ pub mod index {
 /// Fast strings on; branch trace and precise sampling not available.
 const MISC_ENABLE_RESET: u64 = 1 << 12 | 1 << 11 | MISC_ENABLE_FAST_STRINGS;
 const MISC_ENABLE_FAST_STRINGS: u64 = 1 << 0;
+/// Fast strings, automatic thermal control, SpeedStep, MONITOR, the limit of CPUID's leaves, xTPR
+/// messages and NX: kept without effect, as under KVM (SDM vol. 4 table 2-2).
+const MISC_ENABLE_WRITABLE: u64 =
+    1 << 34 | 1 << 23 | 1 << 22 | 1 << 18 | 1 << 16 | 1 << 3 | MISC_ENABLE_FAST_STRINGS;
 /// A machine check is in progress, and what it allows.
 const MCG_STATUS_WRITABLE: u64 = 0b111;
 /// Register numbers above 255 in PCI configuration addresses; kernels switch it on unasked.
@@ -258,7 +262,8 @@ impl Msrs {
             index::BIOS_SIGN_ID if intel => INTEL_MICROCODE_REVISION,
             index::BIOS_SIGN_ID => AMD_PATCH_LEVEL,
             index::MCG_STATUS => self.mcg_status,
-            index::MISC_ENABLE if intel => self.misc_enable,
+            // No AMD processor has it, but KVM gives it to every guest.
+            index::MISC_ENABLE => self.misc_enable,
             index::PAT => self.pat,
             index::EFER => context.control.efer,
             index::AMD_SYSCFG if !intel => self.amd_syscfg,
@@ -315,8 +320,8 @@ impl Msrs {
                 allow_only(value, MCG_STATUS_WRITABLE)?;
                 self.mcg_status = value;
             }
-            index::MISC_ENABLE if intel => {
-                allow_only(value ^ self.misc_enable, MISC_ENABLE_FAST_STRINGS)?;
+            index::MISC_ENABLE => {
+                allow_only(value ^ self.misc_enable, MISC_ENABLE_WRITABLE)?;
                 self.misc_enable = value;
             }
             index::PAT => {
@@ -534,8 +539,18 @@ mod tests {
             assert_eq!(amd.write(number, value, &context(0)), Ok(MsrEffect::None));
             assert_eq!(intel().read(number, &context(0)), Err(MsrAccess::Unknown));
         }
-        assert_eq!(amd.read(0x1a0, &context(0)), Err(MsrAccess::Unknown));
-        assert_eq!(intel().read(0x1a0, &context(0)), Ok(0x1801));
+    }
+
+    #[test]
+    fn miscellaneous_features_keep_what_is_written() {
+        let mut msrs = Msrs::new(features(Vendor::Amd), 0);
+        assert_eq!(msrs.read(0x1a0, &context(0)), Ok(0x1801));
+        assert!(msrs.write(0x1a0, 0x4_00c5_1809, &context(0)).is_ok());
+        assert_eq!(msrs.read(0x1a0, &context(0)), Ok(0x4_00c5_1809));
+        for reserved in [0x1801 | 1 << 1, 0x1801 | 1 << 63, 0x1001, 0x1881] {
+            let written = msrs.write(0x1a0, reserved, &context(0));
+            assert_eq!(written, Err(MsrAccess::Refused), "{reserved:#x}");
+        }
     }
 
     #[test]
