@@ -24,6 +24,7 @@ use umbra_vcpu::{EntryFailure, Flush, Vcpu};
 use crate::alarm::Alarm;
 use crate::memory::GuestHost;
 use crate::paging::Paging;
+use crate::rates::Rates;
 use crate::shortage::Shortage;
 use crate::uhyve::Uhyve;
 use crate::{control, mmio, platform, ports, protection_keys, timestamp};
@@ -110,6 +111,8 @@ pub struct Guest {
     pub report: Report,
     /// What happens when it needs more shadow pages at once than it may have.
     pub shortage: Shortage,
+    /// How often it faults.
+    pub rates: Rates,
     /// How often it exited, for each of the reasons.
     pub exits: ExitCounts,
     /// What it exited for last.
@@ -167,8 +170,11 @@ impl Guest {
         if self.start.is_none() {
             self.start = Some(platform::timestamp());
         }
+        let start = platform::timestamp();
         self.advance_time();
         let turn = self.run(alarm, until);
+        let ticks = platform::timestamp() - start;
+        self.rates.turn(ticks, &self.paging.mmu().statistics());
         self.machine.flush_console();
         turn
     }
@@ -220,6 +226,7 @@ impl Guest {
             mmu_limit_raised: self.shortage.raised(),
             ..counters(self.paging.mmu())
         };
+        report.fault_rates = self.rates.report();
         report.unknown_ports = self.machine.unknown_ports().total();
         report.unknown_msrs = self.machine.unknown_msrs().total();
         report

@@ -22,6 +22,7 @@ use crate::guest::{End, ExitCounts, Guest, Halted, Timers};
 use crate::memory::{GuestHost, LoaderRam, RamRange};
 use crate::paging::Paging;
 use crate::physical::HostAddressSpace;
+use crate::rates::Rates;
 use crate::schedule::Schedule;
 use crate::shortage::Shortage;
 use crate::uhyve::Uhyve;
@@ -206,6 +207,7 @@ fn prepare(
         cpuid,
         report,
         shortage: Shortage::new(options.on_exhausted, config.limit),
+        rates: Rates::default(),
         exits: ExitCounts::default(),
         exit_log: ExitLog::default(),
         deadline,

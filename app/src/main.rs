@@ -34,6 +34,7 @@ mod ports;
 mod post_mortem;
 mod pressure;
 mod protection_keys;
+mod rates;
 mod schedule;
 mod shortage;
 #[allow(unsafe_code, reason = "measuring it needs ports")]

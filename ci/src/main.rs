@@ -52,7 +52,7 @@ struct Cli {
 #[derive(Subcommand, Debug)]
 enum Verb {
     /// Boot a guest under Umbra; ends with the run's exit code
-    Run(run::Options),
+    Run(Box<run::Options>),
     /// Run the host tests, then every scenario
     Test(test::Options),
     /// Boot scenarios of your own, and say whether they went as they should

@@ -16,4 +16,6 @@ pub mod options;
 mod report;
 
 pub use exit_code::{ExitCode, Outcome, UnknownExitCode};
-pub use report::{Driver, Exhausted, HeapCounters, MARKER, MmuCounters, Report, ReportError};
+pub use report::{
+    Driver, Exhausted, FaultRates, HeapCounters, MARKER, MmuCounters, Report, ReportError,
+};

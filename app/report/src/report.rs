@@ -45,6 +45,10 @@ pub struct Report {
     pub mmu: MmuCounters,
     /// What was missing, if no MMU page was available.
     pub exhausted: Option<Exhausted>,
+    /// How often it faulted before, during and after its shadow pages were taken to serve others;
+    /// none if they weren't, or if it ran for a few turns only.
+    #[serde(default)]
+    pub fault_rates: Option<FaultRates>,
     /// Which of the guest's runs this was, from 1.
     #[serde(default = "first_run")]
     pub run: u64,
@@ -141,6 +145,19 @@ pub struct Exhausted {
     pub pinned: u64,
 }
 
+/// Page faults per second of the guest's own running time, which is cut into periods of 20 milliseconds.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct FaultRates {
+    /// In the periods before shadow pages were first taken; none if that was in the first one. The
+    /// median of the last five.
+    pub before: Option<u64>,
+    /// In that with the most faults among the periods in which shadow pages were taken.
+    pub during: u64,
+    /// In the periods since shadow pages were last taken; none if that was in the last one. The median
+    /// of the last five.
+    pub after: Option<u64>,
+}
+
 impl Report {
     /// A report with the outcome's exit code and all counters at zero.
     pub fn new(guest: impl Into<String>, outcome: Outcome, message: impl Into<String>) -> Self {
@@ -158,6 +175,7 @@ impl Report {
             exits: BTreeMap::new(),
             mmu: MmuCounters::default(),
             exhausted: None,
+            fault_rates: None,
             run: 1,
             heap: HeapCounters::default(),
             unknown_ports: 0,
@@ -246,6 +264,11 @@ mod tests {
         report.nanoseconds = Some(12);
         report.exits = BTreeMap::from([("cpuid".into(), 2), ("io".into(), 1)]);
         report.mmu.mmu_pages_limit = 64;
+        report.fault_rates = Some(FaultRates {
+            before: Some(8),
+            during: 9,
+            after: None,
+        });
         report.exhausted = Some(Exhausted {
             needed: 4,
             used: 64,
@@ -288,6 +311,7 @@ mod tests {
             "mmu_pages_limit",
             "mmu_limit_raised",
             "exhausted",
+            "fault_rates",
             "run",
             "heap_free",
             "heap_allocated",
@@ -301,12 +325,13 @@ mod tests {
         ] {
             assert!(object.get(key).is_some(), "{key} is missing in {json}");
         }
-        assert_eq!(object.as_object().unwrap().len(), 37);
+        assert_eq!(object.as_object().unwrap().len(), 38);
         assert_eq!(object["outcome"], "no-mmu-pages");
         assert_eq!(object["exit_code"], 4);
         assert_eq!(object["driver"], "svm");
         assert_eq!(object["exits"]["cpuid"], 2);
         assert_eq!(object["exhausted"]["pinned"], 62);
+        assert_eq!(object["fault_rates"]["before"], 8);
     }
 
     #[test]

@@ -150,9 +150,19 @@ impl BootInfo {
 
     /// Whether `word` is one of the command line's words.
     pub fn has_word(&self, word: &str) -> bool {
-        self.command_line
-            .split(|byte| *byte == b' ')
-            .any(|found| found == word.as_bytes())
+        self.words().any(|found| found == word.as_bytes())
+    }
+
+    /// The number N if one of the command line's words is `name=N`.
+    pub fn number(&self, name: &str) -> Option<u64> {
+        self.words().find_map(|word| {
+            let digits = word.strip_prefix(name.as_bytes())?.strip_prefix(b"=")?;
+            str::from_utf8(digits).ok()?.parse().ok()
+        })
+    }
+
+    fn words(&self) -> impl Iterator<Item = &'static [u8]> {
+        self.command_line.split(|byte| *byte == b' ')
     }
 }
 

@@ -31,6 +31,8 @@ pub mod mmio;
 pub mod paging;
 #[cfg(target_arch = "x86_64")]
 pub mod registers;
+#[cfg(target_arch = "x86_64")]
+pub mod sparse;
 pub mod tables;
 pub mod trap;
 pub mod user;
