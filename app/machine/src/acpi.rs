@@ -17,7 +17,7 @@ use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, aml, facs::FACS};
 use umbra_vcpu::address::Gpa;
 
-use crate::devices::{io_apic, pit, power_management, reset_control, rtc, serial};
+use crate::devices::{io_apic, pci, pit, power_management, reset_control, rtc, serial};
 use crate::processor::msr::ApicBase;
 
 /// Where the tables go; the RSDP is first.
@@ -214,7 +214,18 @@ fn dsdt() -> impl Aml {
     );
     let clock = aml::Device::new("RTC_".into(), vec![&clock_id, &clock_resources]);
 
-    aml::Scope::new("_SB_".into(), vec![&processor, &serial, &clock]).to_aml_bytes(&mut code);
+    // One bus, whose bridge passes nothing on: there is nothing behind it.
+    let bus_id = aml::Name::new("_HID".into(), &aml::EISAName::new("PNP0A03"));
+    let bus_numbers = aml::AddressSpace::new_bus_number(0_u16, 0_u16);
+    let bus_ports = ports(pci::ADDRESS_PORT, 8);
+    let bus_resources = aml::Name::new(
+        "_CRS".into(),
+        &aml::ResourceTemplate::new(vec![&bus_numbers, &bus_ports]),
+    );
+    let bus = aml::Device::new("PCI0".into(), vec![&bus_id, &bus_resources]);
+
+    let devices: Vec<&dyn Aml> = vec![&processor, &serial, &clock, &bus];
+    aml::Scope::new("_SB_".into(), devices).to_aml_bytes(&mut code);
     dsdt.append_slice(&code);
     dsdt
 }

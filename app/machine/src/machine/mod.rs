@@ -317,11 +317,10 @@ impl Machine {
             PortDevice::DebugExit => 0,
             PortDevice::FwCfg if port == fw_cfg::DATA_PORT => self.fw_cfg.read(),
             PortDevice::ResetControl => self.reset_control.read(),
-            PortDevice::Rtc
-            | PortDevice::FwCfg
-            | PortDevice::PciAddress
-            | PortDevice::PciData
-            | PortDevice::Keyboard => 0xff,
+            PortDevice::PciData => self.pci.read_data(port),
+            PortDevice::Rtc | PortDevice::FwCfg | PortDevice::PciAddress | PortDevice::Keyboard => {
+                0xff
+            }
         }
     }
 
@@ -354,8 +353,8 @@ impl Machine {
                 };
                 self.end(shutdown);
             }
-            // The selector takes words, the address register double words; data of items and of
-            // absent functions cannot be written.
+            // The selector takes words, the address register double words; data of items and of PCI
+            // functions cannot be written.
             PortDevice::FwCfg | PortDevice::PciAddress | PortDevice::PciData => {}
         }
     }

@@ -173,13 +173,15 @@ fn wide_accesses_are_cut_into_bytes() {
 }
 
 #[test]
-fn pci_space_is_empty_and_0xcf9_lies_within() {
+fn pci_has_a_host_bridge_and_0xcf9_lies_within() {
     let mut machine = machine();
     out(&mut machine, 0xcfb, 1);
     machine.write_port(0xcf8, IoWidth::DoubleWord, 0x8000_0000);
     assert_eq!(machine.read_port(0xcf8, IoWidth::DoubleWord), 0x8000_0000);
+    assert_eq!(machine.read_port(0xcfc, IoWidth::DoubleWord), 0x1237_8086);
+    assert_eq!(machine.read_port(0xcfe, IoWidth::Word), 0x1237);
+    machine.write_port(0xcf8, IoWidth::DoubleWord, 0x8000_0800);
     assert_eq!(machine.read_port(0xcfc, IoWidth::DoubleWord), 0xffff_ffff);
-    assert_eq!(machine.read_port(0xcfe, IoWidth::Word), 0xffff);
     assert_eq!(machine.read_port(0xcf9, IoWidth::Byte), 0);
     machine.write_port(0xcf8, IoWidth::DoubleWord, 0x0000_0600);
     assert_eq!(
