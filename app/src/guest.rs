@@ -203,22 +203,17 @@ impl Guest {
         }
     }
 
-    /// Completes the report of a guest that has ended, and gives back all that the guest held.
-    pub fn finish(self, end: End) -> Report {
+    /// What the guest has done so far; how it ended is open.
+    pub fn report_so_far(&self) -> Report {
         let now = platform::timestamp();
         let start = self.start.unwrap_or(now);
         let ticks = now - start;
-        let mut report = self.report;
+        let mut report = self.report.clone();
         let counted = REASONS
             .iter()
             .zip(self.exits)
             .filter(|&(_, count)| count != 0);
         report.exits = counted.map(|(&name, count)| (name.into(), count)).collect();
-        report.outcome = end.outcome;
-        report.exit_code = end.outcome.exit_code();
-        report.message = end.message;
-        report.guest_status = end.guest_status;
-        report.exhausted = end.exhausted;
         report.first_entry_tsc = start;
         report.tsc_ticks = ticks;
         report.nanoseconds = Some(timestamp::nanoseconds_in_ticks(ticks));
@@ -230,6 +225,18 @@ impl Guest {
         report.unknown_ports = self.machine.unknown_ports().total();
         report.unknown_msrs = self.machine.unknown_msrs().total();
         report
+    }
+
+    /// Completes the report of a guest that has ended, and gives back all that the guest held.
+    pub fn finish(self, end: End) -> Report {
+        Report {
+            outcome: end.outcome,
+            exit_code: end.outcome.exit_code(),
+            message: end.message,
+            guest_status: end.guest_status,
+            exhausted: end.exhausted,
+            ..self.report_so_far()
+        }
     }
 
     /// Enters the guest once and handles its exit.

@@ -22,6 +22,7 @@ mod guest;
 mod launch;
 mod memory;
 mod mmio;
+mod monitor;
 mod paging;
 #[allow(
     unsafe_code,
@@ -36,6 +37,8 @@ mod pressure;
 mod protection_keys;
 mod rates;
 mod schedule;
+#[allow(unsafe_code, reason = "a serial port is reached by I/O ports")]
+mod second_serial;
 mod shortage;
 #[allow(unsafe_code, reason = "measuring it needs ports")]
 mod timestamp;

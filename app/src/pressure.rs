@@ -9,7 +9,7 @@ use core::alloc::Layout;
 use core::sync::atomic::{AtomicU64, Ordering};
 
 use spin::Once;
-use umbra_mmu::MmuPool;
+use umbra_mmu::{MmuPool, Shrunk};
 use umbra_report::HeapCounters;
 use umbra_vcpu::address::PAGE_SIZE;
 
@@ -50,6 +50,13 @@ fn give_back(request: Layout) -> usize {
             return released();
         }
     }
+}
+
+/// Gives `pages` shadow pages back, as far as there are so many.
+pub fn shrink(pages: usize) -> Shrunk {
+    let shrunk = pool().scan(pages);
+    SKIPPED.fetch_add(shrunk.skipped as u64, Ordering::Relaxed);
+    shrunk
 }
 
 /// What the report says of the heap.

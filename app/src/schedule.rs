@@ -2,16 +2,19 @@
 //! line, until its time slice ends, another guest's timer is due, or it waits for an interrupt.
 //!
 //! A guest that ends is dropped with all that it held, then reported, then started again if its
-//! options say so; the others go on. The processor sleeps only when every guest waits. The
-//! terminal's input is for the first guest.
+//! options say so; the others go on. The processor sleeps only when every guest waits. The monitor
+//! is looked at between turns.
 
+use alloc::format;
 use alloc::vec::Vec;
 
-use umbra_report::{ExitCode, Report};
+use umbra_report::{ExitCode, Outcome, Report};
 
 use crate::alarm::Alarm;
-use crate::guest::{Guest, Halted, Turn};
+use crate::guest::{End, Guest, Halted, Turn};
 use crate::launch::Launcher;
+use crate::monitor::Monitor;
+use crate::second_serial::{self, SecondSerial};
 use crate::{platform, post_mortem, pressure};
 
 /// A guest's time slice in microseconds.
@@ -21,16 +24,80 @@ const TIME_SLICE: u64 = 10_000;
 pub struct Schedule<'a> {
     launcher: &'a Launcher<'a>,
     running: Vec<Running>,
+    monitor: Monitor,
     exit_code: ExitCode,
 }
 
 /// A guest in one of its runs.
-struct Running {
-    guest: Guest,
+pub struct Running {
+    /// The guest.
+    pub guest: Guest,
     /// Its place in the options.
     index: usize,
     /// Which of its runs this is, from 1.
-    run: u64,
+    pub run: u64,
+    order: Order,
+}
+
+/// What the monitor has told a guest to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Order {
+    Run,
+    /// It waits since the host's time-stamp counter had this value.
+    Pause(u64),
+    Stop,
+}
+
+impl Running {
+    /// Lets it wait. Its devices' time goes on, its time limit does not.
+    pub fn pause(&mut self) {
+        if self.order == Order::Run {
+            self.order = Order::Pause(platform::timestamp());
+        }
+    }
+
+    /// Lets it go on.
+    pub fn resume(&mut self) {
+        if let Order::Pause(since) = self.order {
+            let ticks = platform::timestamp().saturating_sub(since);
+            if let Some(deadline) = &mut self.guest.deadline {
+                *deadline = deadline.saturating_add(ticks);
+            }
+            self.order = Order::Run;
+        }
+    }
+
+    /// Ends it in its next turn.
+    pub fn stop(&mut self) {
+        self.order = Order::Stop;
+    }
+
+    /// Whether it waits for [`Running::resume`].
+    pub const fn is_paused(&self) -> bool {
+        matches!(self.order, Order::Pause(_))
+    }
+
+    /// Whether it is about to end.
+    pub const fn is_stopped(&self) -> bool {
+        matches!(self.order, Order::Stop)
+    }
+
+    fn turn(&mut self, alarm: &mut Alarm, until: u64) -> Turn {
+        match self.order {
+            Order::Run => self.guest.turn(alarm, until),
+            Order::Pause(_) => Turn::Waiting,
+            Order::Stop => Turn::Ended(End::new(Outcome::Stopped, "ended by the monitor")),
+        }
+    }
+
+    /// When it must be looked at, as the host's time-stamp counter counts.
+    fn next_deadline(&self) -> Option<u64> {
+        match self.order {
+            Order::Run => self.guest.next_deadline(),
+            Order::Pause(_) => None,
+            Order::Stop => Some(0),
+        }
+    }
 }
 
 impl<'a> Schedule<'a> {
@@ -39,6 +106,7 @@ impl<'a> Schedule<'a> {
         let mut schedule = Self {
             launcher,
             running: Vec::new(),
+            monitor: Monitor::new(SecondSerial::find()),
             exit_code: ExitCode::Success,
         };
         for index in 0..launcher.guests() {
@@ -56,21 +124,23 @@ impl<'a> Schedule<'a> {
         while !self.running.is_empty() {
             let mut everyone_waits = true;
             let mut place = 0;
-            self.deliver_input();
+            self.monitor.poll(&mut self.running);
             while place < self.running.len() {
                 let until = self.end_of_turn(place);
                 alarm.went_off();
                 let running = &mut self.running[place];
-                match running.guest.turn(&mut alarm, until) {
+                match running.turn(&mut alarm, until) {
                     Turn::Over => everyone_waits = false,
                     Turn::Waiting => {}
                     Turn::Ended(end) => {
                         everyone_waits = false;
-                        let Running { guest, index, run } = self.running.remove(place);
+                        let Running {
+                            guest, index, run, ..
+                        } = self.running.remove(place);
                         let post_mortem = post_mortem::page(&guest, &end);
                         let report = guest.finish(end);
                         if let Some(page) = post_mortem {
-                            platform::write_console(page.as_bytes());
+                            self.monitor.make_way(&page);
                         }
                         if let Some(next) = self.ended(report, index, run) {
                             self.running.insert(place, next);
@@ -82,10 +152,11 @@ impl<'a> Schedule<'a> {
             }
             if everyone_waits {
                 let deadlines = self.running.iter();
-                let deadlines = deadlines.filter_map(|running| running.guest.next_deadline());
-                alarm.sleep_until(deadlines.min());
+                let deadlines = deadlines.filter_map(Running::next_deadline);
+                alarm.sleep_until(deadlines.chain(self.next_look()).min());
             }
         }
+        self.monitor.end();
         platform::release_interrupts();
         self.exit_code
     }
@@ -103,9 +174,15 @@ impl<'a> Schedule<'a> {
 
     fn launch(&mut self, index: usize, run: u64) -> Option<Running> {
         match self.launcher.prepare(index) {
-            Ok(guest) => Some(Running { guest, index, run }),
+            Ok(guest) => Some(Running {
+                guest,
+                index,
+                run,
+                order: Order::Run,
+            }),
             Err(report) => {
-                hermit::println!("umbra: {}", report.message);
+                self.monitor
+                    .make_way(&format!("umbra: {}\n", report.message));
                 self.report(report, run);
                 None
             }
@@ -118,7 +195,7 @@ impl<'a> Schedule<'a> {
             heap: pressure::heap_counters(),
             ..report
         };
-        hermit::println!("{}", report.line());
+        self.monitor.make_way(&format!("{}\n", report.line()));
         if self.exit_code == ExitCode::Success {
             self.exit_code = report.exit_code;
         }
@@ -129,17 +206,17 @@ impl<'a> Schedule<'a> {
         let others = self.running.iter().enumerate();
         let waiting = others
             .filter(|(other, running)| *other != place && running.guest.halted == Halted::Yes);
-        let deadlines = waiting.filter_map(|(_, running)| running.guest.next_deadline());
+        let deadlines = waiting.filter_map(|(_, running)| running.next_deadline());
         let slice = platform::ticks_in_microseconds(TIME_SLICE);
-        deadlines.fold(platform::timestamp().saturating_add(slice), u64::min)
+        deadlines
+            .chain(self.next_look())
+            .fold(platform::timestamp().saturating_add(slice), u64::min)
     }
 
-    /// Hands over what was typed.
-    fn deliver_input(&mut self) {
-        while let Some(byte) = platform::read_console() {
-            if let Some(running) = self.running.first_mut() {
-                running.guest.machine.receive(byte);
-            }
-        }
+    /// When the monitor must be looked at again, as the host's time-stamp counter counts.
+    fn next_look(&self) -> Option<u64> {
+        let period = platform::ticks_in_microseconds(second_serial::PERIOD);
+        let has_port = self.monitor.has_port();
+        has_port.then(|| platform::timestamp().saturating_add(period))
     }
 }

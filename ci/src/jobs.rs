@@ -18,10 +18,11 @@ use crate::project::Project;
 use crate::report;
 use crate::run::{archive_memory_mib, host_memory_mib, machine_memory_mib};
 use crate::scenario::Scenario;
+use crate::second_serial::SecondSerial;
 use crate::setup;
 
-/// How much of a failed run's console is shown, in lines.
-const LINES_SHOWN: usize = 40;
+/// How much of a failed run's console is shown, in lines: a post-mortem and what came before it.
+const LINES_SHOWN: usize = 140;
 
 /// One scenario on one platform.
 #[derive(Clone)]
@@ -225,6 +226,7 @@ fn boot(
                 None => host_memory_mib(&scenario.memory_arguments())?,
             }
     };
+    let second_serial = scenario.second_serial(console)?;
     let boot = Boot {
         image: images.of(scenario.application)?,
         arguments: &scenario.umbra_arguments(),
@@ -233,15 +235,20 @@ fn boot(
         hardware: scenario.hardware(),
         clock: scenario.clock,
         input: scenario.input(),
+        second_serial: second_serial.as_ref(),
         limit: Some(scenario.limit()),
         disk: scenario.disk,
         work: &work,
     };
     let ending = job.platform.run(project, &boot, console)?;
+    let mut failures = second_serial.map_or_else(Vec::new, SecondSerial::finish);
     let text = console.text();
     fs::write(work.join("console"), &text)?;
     let reports = config.map_or(1, |(config, _)| config.reports());
-    Ok(report::judge(ending, &text, scenario.application, reports))
+    let mut result = report::judge(ending, &text, scenario.application, reports);
+    failures.splice(..0, result.problem.take());
+    result.problem = (!failures.is_empty()).then(|| failures.join("; "));
+    Ok(result)
 }
 
 /// Writes the guest's archive, and returns its path and the memory that it takes in MiB.

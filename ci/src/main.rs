@@ -28,6 +28,7 @@ mod project;
 mod report;
 mod run;
 mod scenario;
+mod second_serial;
 mod setup;
 mod terminal;
 mod test;

@@ -16,6 +16,7 @@ use crate::input::BadInput;
 use crate::platform::{Boot, Clock, Console, Hardware, Platform, Show};
 use crate::project::Project;
 use crate::report;
+use crate::second_serial::SecondSerial;
 use crate::setup;
 use crate::typing::Input;
 
@@ -60,6 +61,9 @@ pub struct Options {
     device: Option<String>,
     #[command(flatten)]
     hardware: Hardware,
+    /// Take the monitor's commands at a local TCP port as well, a line each, with replies in JSON
+    #[arg(long)]
+    monitor: bool,
     /// Write the report as JSON to this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -122,6 +126,13 @@ pub fn run(project: &Project, options: &Options) -> Result<u8> {
     };
 
     let console = Console::new(Show::Live);
+    let second_serial = if options.monitor {
+        let (bridge, port) = SecondSerial::bridge()?;
+        eprintln!("the monitor takes commands at TCP port {port}: nc localhost {port}");
+        Some(bridge)
+    } else {
+        None
+    };
     let boot = Boot {
         image: &image,
         arguments: &arguments,
@@ -130,11 +141,15 @@ pub fn run(project: &Project, options: &Options) -> Result<u8> {
         hardware: options.hardware.clone(),
         clock: Clock::Time,
         input: Input::User,
+        second_serial: second_serial.as_ref(),
         limit: None,
         disk: disk::Format::Raw,
         work: &work,
     };
     let ending = options.on.run(project, &boot, &console)?;
+    if let Some(second_serial) = second_serial {
+        second_serial.finish();
+    }
     let reports = config.as_ref().map_or(1, Config::reports);
     let result = report::judge(ending, &console.text(), Application::Umbra, reports);
     if let Some(problem) = &result.problem {

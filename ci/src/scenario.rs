@@ -20,9 +20,10 @@ use crate::disk;
 use crate::guest::{self, Guest, Source};
 use crate::input::BadInput;
 use crate::keys::{self, Keys, LEAF};
-use crate::platform::{Clock, Hardware, Platform};
+use crate::platform::{Clock, Console, Hardware, Platform};
 use crate::project::Project;
 use crate::report;
+use crate::second_serial::{Exchange, SecondSerial};
 use crate::setup::Need;
 use crate::typing::{Input, Line};
 
@@ -93,6 +94,9 @@ pub struct Scenario {
     /// What is typed at the console, each line once its turn has come.
     #[serde(default)]
     input: Vec<Line>,
+    /// What is asked of the monitor through the second serial port, and what it must answer.
+    #[serde(default)]
+    monitor: Vec<Exchange>,
     /// After how many seconds of wall time the machine is killed.
     #[serde(default = "two_minutes")]
     limit: u64,
@@ -146,6 +150,7 @@ const KEYS: Keys = Keys(&[
     ("arguments", LEAF),
     ("long", LEAF),
     ("input", LEAF),
+    ("monitor", LEAF),
     ("limit", LEAF),
     ("exit_code", LEAF),
     ("console", LEAF),
@@ -310,6 +315,7 @@ impl Scenario {
             exit_code: guest.expect_exit_code,
             console: guest.console.clone(),
             input: Vec::new(),
+            monitor: Vec::new(),
             source: Some(Source::Own(guest)),
             forbid: Vec::new(),
             report: BTreeMap::new(),
@@ -466,6 +472,16 @@ impl Scenario {
     /// What is typed at the console.
     pub fn input(&self) -> Input<'_> {
         Input::Script(&self.input)
+    }
+
+    /// What is connected to the second serial port, if anything is.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn second_serial(&self, console: &Console) -> Result<Option<SecondSerial>> {
+        let has_script = !self.monitor.is_empty();
+        let script = has_script.then(|| SecondSerial::script(&self.monitor, console));
+        script.transpose()
     }
 
     /// What is passed on of the guest.

@@ -49,7 +49,7 @@ impl RawTerminal {
         restore_on_signals();
         *BEFORE.lock().ok()? = Some(before);
         tcsetattr(&input, OptionalActions::Now, &raw).ok()?;
-        eprintln!("Ctrl-A x ends the machine.");
+        eprintln!("Ctrl-A x ends the machine, Ctrl-A h shows what else there is.");
         Some(Self { _guard: guard })
     }
 }

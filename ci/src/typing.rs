@@ -159,7 +159,7 @@ fn perform(lines: &[Line], mut machine: impl Write, console: &Console, is_over: 
     }
 }
 
-/// Finds Ctrl-A x in what the user types, as in QEMU: Ctrl-A twice types one Ctrl-A.
+/// Finds Ctrl-A x in what the user types. Ctrl-A with any other key is for Umbra.
 #[derive(Debug, Default)]
 struct Escape {
     is_open: bool,
@@ -178,9 +178,7 @@ impl Escape {
                 (true, b'x') => return None,
                 (true, _) => {
                     self.is_open = false;
-                    if byte == Self::CONTROL_A {
-                        rest.push(byte);
-                    }
+                    rest.extend([Self::CONTROL_A, byte]);
                 }
             }
         }
@@ -199,8 +197,8 @@ mod tests {
     fn control_a_x_quits() {
         let filter = |typed: &[u8]| Escape::default().filter(typed);
         assert_eq!(filter(b"x\r").as_deref(), Some(&b"x\r"[..]));
-        assert_eq!(filter(b"a\x01\x01b").as_deref(), Some(&b"a\x01b"[..]));
-        assert_eq!(filter(b"a\x01bx").as_deref(), Some(&b"ax"[..]));
+        assert_eq!(filter(b"a\x01\x01b").as_deref(), Some(&b"a\x01\x01b"[..]));
+        assert_eq!(filter(b"a\x01cx").as_deref(), Some(&b"a\x01cx"[..]));
         assert_eq!(filter(b"a\x01x"), None);
         let mut escape = Escape::default();
         assert_eq!(escape.filter(b"\x01").as_deref(), Some(&b""[..]));

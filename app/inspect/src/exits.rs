@@ -53,9 +53,17 @@ impl ExitLog {
     }
 }
 
+impl fmt::Display for ExitLog {
+    /// One line an exit, the last one last.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.iter()
+            .try_for_each(|record| writeln!(f, "  {:016x} {}", record.rip, ExitText(&record.exit)))
+    }
+}
+
 /// An exit in words.
 #[derive(Clone, Copy, Debug)]
-pub struct ExitText<'a>(pub &'a Exit);
+struct ExitText<'a>(&'a Exit);
 
 impl fmt::Display for ExitText<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

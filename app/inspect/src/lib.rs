@@ -1,7 +1,7 @@
 //! Looking inside a guest: what it did last, what its page tables and shadow pages say, and why it
 //! died.
 //!
-//! Nothing here changes a guest. What is looked at comes through [`GuestView`], so that all of it is
+//! What guests are told to do is in [`monitor`]; nothing here changes a guest itself. What is looked at comes through [`GuestView`], so that all of it is
 //! tested on an ordinary host.
 #![no_std]
 #![deny(unsafe_code)]
@@ -10,12 +10,13 @@ extern crate alloc;
 
 mod delivery;
 mod exits;
+pub mod monitor;
 mod post_mortem;
 mod processor;
 mod verdict;
 mod walk;
 
-pub use exits::{ExitLog, ExitRecord, ExitText};
+pub use exits::{ExitLog, ExitRecord};
 pub use post_mortem::{Death, PostMortem};
 pub use processor::ProcessorState;
 pub use walk::WalkText;

@@ -8,7 +8,7 @@ use umbra_vcpu::instruction::iced_x86::FastFormatter;
 use x86_64::registers::rflags::RFlags;
 
 use crate::delivery::delivery;
-use crate::exits::{ExitLog, ExitText};
+use crate::exits::ExitLog;
 use crate::verdict::{Next, Verdict, name, next_instruction};
 use crate::walk::WalkText;
 use crate::{GuestView, ProcessorState};
@@ -45,9 +45,7 @@ impl fmt::Display for PostMortem<'_> {
         let next = Next::of(self.state, self.view);
         writeln!(f, "post-mortem of {}: {}", self.guest, self.message)?;
         writeln!(f, "last exits, the last one last:")?;
-        for record in self.exits.iter() {
-            writeln!(f, "  {:016x} {}", record.rip, ExitText(&record.exit))?;
-        }
+        write!(f, "{}", self.exits)?;
         writeln!(f, "registers:")?;
         write!(f, "{}", self.state)?;
         writeln!(f, "page walks:")?;

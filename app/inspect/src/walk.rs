@@ -106,7 +106,8 @@ impl fmt::Display for GuestEndText {
     }
 }
 
-struct ShadowEndText(ShadowEnd);
+/// Where the shadow's walk ends, in words.
+pub(crate) struct ShadowEndText(pub ShadowEnd);
 
 impl fmt::Display for ShadowEndText {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -142,6 +142,8 @@ pub enum Outcome {
     TripleFault,
     /// The guest ran longer than its time limit.
     Watchdog,
+    /// The user ended the guest, by the monitor.
+    Stopped,
     /// Umbra itself panicked.
     Panicked,
 }
@@ -151,9 +153,12 @@ impl Outcome {
     pub const fn exit_code(self) -> ExitCode {
         match self {
             Self::Succeeded => ExitCode::Success,
-            Self::Failed | Self::Halted | Self::Reset | Self::Unsupported | Self::EntryFailed => {
-                ExitCode::GuestFailed
-            }
+            Self::Failed
+            | Self::Halted
+            | Self::Reset
+            | Self::Unsupported
+            | Self::EntryFailed
+            | Self::Stopped => ExitCode::GuestFailed,
             Self::BadOption | Self::BadImage => ExitCode::BadInput,
             Self::NoVirtualization => ExitCode::NoVirtualization,
             Self::NoMmuPages => ExitCode::NoMmuPages,

@@ -88,6 +88,7 @@ fn boot(project: &Project, platform: Platform, image: &Path, archive: &[u8]) -> 
         hardware: Hardware::default(),
         clock: Clock::Instructions,
         input: Input::Script(&[]),
+        second_serial: None,
         limit: Some(LIMIT),
         disk: disk::Format::Raw,
         work: &work,

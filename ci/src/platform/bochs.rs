@@ -44,10 +44,12 @@ pub(super) fn run(project: &Project, boot: &Boot<'_>, console: &Console) -> Resu
         .context("cannot open a local port for the serial console")?;
     let port = listener.local_addr()?.port();
     let config = boot.work.join("bochsrc");
-    fs::write(
-        &config,
-        configuration(boot.work, &iso, port, boot.memory_mib),
-    )?;
+    let text = configuration(boot.work, &iso, port, boot.memory_mib);
+    let second = boot.second_serial.map(|second| {
+        let port = second.port();
+        format!("com2: enabled=1, mode=socket-client, dev=\"localhost:{port}\"\n")
+    });
+    fs::write(&config, text + &second.unwrap_or_default())?;
     // The debugger's build stops before the first instruction, and takes its commands from here.
     let debugger = boot.work.join("debugger");
     fs::write(&debugger, "c\n")?;

@@ -22,6 +22,7 @@ use self::qemu::{Accelerator, Firmware};
 use crate::disk;
 use crate::kvm;
 use crate::project::Project;
+use crate::second_serial::SecondSerial;
 use crate::setup::{self, Need};
 use crate::typing::Input;
 
@@ -146,6 +147,8 @@ pub struct Boot<'a> {
     pub clock: Clock,
     /// What is typed at the console.
     pub input: Input<'a>,
+    /// What is connected to the second serial port, if the machine shall have one.
+    pub second_serial: Option<&'a SecondSerial>,
     /// When to give up.
     pub limit: Option<Duration>,
     /// The form of the disk, on a platform that boots one.

@@ -151,6 +151,12 @@ fn machine(kind: &str, accelerator: Accelerator, boot: &Boot<'_>) -> Command {
     command.args(["-accel", name, "-nodefaults", "-no-reboot"]);
     command.arg("-m").arg(format!("{}M", boot.memory_mib));
     command.args(["-display", "none", "-serial", "stdio"]);
+    if let Some(second) = boot.second_serial {
+        let port = second.port();
+        command
+            .arg("-serial")
+            .arg(format!("tcp:127.0.0.1:{port},nodelay=on"));
+    }
     if let Some(processors) = hardware.processors {
         command.arg("-smp").arg(processors.to_string());
     }
