@@ -96,8 +96,8 @@ impl<'a> Builder<'a> {
     pub fn guest_files(&self, source: &Source) -> Result<GuestFiles> {
         let (image, initrd) = match source {
             Source::Own(guest) => (self.own_guest(guest), None),
-            Source::Linux => {
-                let linux = linux::set_up(self.project)?;
+            Source::Linux(protocol) => {
+                let linux = linux::set_up(self.project, *protocol)?;
                 (linux.kernel, Some(linux.initrd))
             }
             Source::Hermit => (self.hermit_guest()?, None),

@@ -65,7 +65,7 @@ pub enum Source {
     /// It is one of our own.
     Own(Guest),
     /// Debian's Linux with our initial RAM disk.
-    Linux,
+    Linux(linux::Protocol),
     /// A Hermit application.
     Hermit,
     /// Debian's memory tester.
@@ -76,6 +76,8 @@ pub enum Source {
 
 /// The name of [`Source::Linux`].
 const LINUX: &str = "linux";
+/// The name of [`Source::Linux`] by PVH.
+const LINUX_PVH: &str = "linux-pvh";
 /// The name of [`Source::Hermit`].
 const HERMIT: &str = "hermit";
 /// The name of [`Source::Memtest`].
@@ -91,7 +93,10 @@ impl Source {
             return Ok(Self::Own(guest.clone()));
         }
         if name == LINUX {
-            return Ok(Self::Linux);
+            return Ok(Self::Linux(linux::Protocol::Linux));
+        }
+        if name == LINUX_PVH {
+            return Ok(Self::Linux(linux::Protocol::Pvh));
         }
         if name == HERMIT {
             return Ok(Self::Hermit);
@@ -105,7 +110,7 @@ impl Source {
         let names = own
             .iter()
             .map(|guest| guest.name.as_str())
-            .chain([LINUX, HERMIT, MEMTEST]);
+            .chain([LINUX, LINUX_PVH, HERMIT, MEMTEST]);
         let hint = keys::suggestion(name, names);
         let reason = "neither a file nor one of Umbra's own guests";
         Err(BadInput(format!("guest {name}: {reason}; {hint}")).into())
@@ -114,7 +119,7 @@ impl Source {
     /// The guest's command line, when the user appends `append` to it.
     pub fn command_line(&self, append: Option<&str>) -> Option<String> {
         let own = match self {
-            Self::Linux => Some(linux::COMMAND_LINE),
+            Self::Linux(_) => Some(linux::COMMAND_LINE),
             Self::Memtest => Some(memtest::COMMAND_LINE),
             Self::Own(_) | Self::Hermit | Self::File(_) => None,
         };
@@ -129,14 +134,14 @@ impl Source {
     pub fn device(&self) -> Option<&str> {
         match self {
             Self::Own(guest) => guest.device.as_deref(),
-            Self::Linux | Self::Hermit | Self::Memtest | Self::File(_) => None,
+            Self::Linux(_) | Self::Hermit | Self::Memtest | Self::File(_) => None,
         }
     }
 
     /// The guest's memory if the user does not say, where Umbra's own default is not enough.
     pub fn memory(&self) -> Option<&'static str> {
         match self {
-            Self::Linux => Some(linux::MEMORY),
+            Self::Linux(_) => Some(linux::MEMORY),
             Self::Own(_) | Self::Hermit | Self::Memtest | Self::File(_) => None,
         }
     }
@@ -159,7 +164,10 @@ mod tests {
         let guests = own(&Project::find().unwrap()).unwrap();
         let find = |typed| Source::find(&guests, typed);
         assert!(matches!(find("hello"), Ok(Source::Own(guest)) if guest.name == "hello"));
-        assert!(matches!(find("linux"), Ok(Source::Linux)));
+        assert!(matches!(
+            find("linux"),
+            Ok(Source::Linux(linux::Protocol::Linux))
+        ));
         assert!(matches!(find("memtest86"), Ok(Source::Memtest)));
         let file = concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml");
         assert!(matches!(find(file), Ok(Source::File(found)) if found == Path::new(file)));
@@ -175,7 +183,9 @@ mod tests {
         let file = Source::File(PathBuf::new());
         assert_eq!(file.command_line(None), None);
         assert_eq!(file.command_line(Some("a b")).as_deref(), Some("a b"));
-        let line = Source::Linux.command_line(Some("quiet")).unwrap();
+        let line = Source::Linux(linux::Protocol::Linux)
+            .command_line(Some("quiet"))
+            .unwrap();
         assert!(line.starts_with("console=ttyS0 ") && line.ends_with(" quiet"));
     }
 

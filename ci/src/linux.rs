@@ -17,6 +17,7 @@ use cpio::newc::{ModeFileType, trailer};
 use crate::command::Step;
 use crate::debian::{Apt, take_file};
 use crate::project::{Project, write_if_changed};
+use crate::vmlinux;
 
 /// What the kernel is told besides the user's own words: the console that Umbra shows, and to end a
 /// panic by a reset, which ends the guest.
@@ -30,10 +31,19 @@ const BUSYBOX_PACKAGE: &str = "busybox-static";
 const WORKLOAD_PACKAGE: &str = "umbra-workload";
 const WORKLOAD_TARGET: &str = "x86_64-unknown-linux-gnu";
 
+/// How the kernel is started.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Protocol {
+    /// As the bzImage that Debian ships, by Linux's own boot protocol.
+    Linux,
+    /// As the ELF file inside it, by PVH.
+    Pvh,
+}
+
 /// The files of the guest.
 #[derive(Clone, Debug)]
 pub struct Linux {
-    /// The kernel, a bzImage.
+    /// The kernel.
     pub kernel: PathBuf,
     /// The initial RAM disk.
     pub initrd: PathBuf,
@@ -43,13 +53,26 @@ pub struct Linux {
 ///
 /// # Errors
 /// When something cannot be downloaded or built.
-pub fn set_up(project: &Project) -> Result<Linux> {
+pub fn set_up(project: &Project, protocol: Protocol) -> Result<Linux> {
     let place = project.target("linux")?;
     let kernel = place.join("vmlinuz");
     if !kernel.exists() {
         let package = Apt::new(&place)?.download_dependency(KERNEL_PACKAGE, "linux-image-")?;
         take_file(&package, "boot/vmlinuz-", &kernel)?;
     }
+    let kernel = match protocol {
+        Protocol::Linux => kernel,
+        Protocol::Pvh => {
+            let elf = place.join("vmlinux");
+            if !elf.exists() {
+                let image = fs::read(&kernel)
+                    .with_context(|| format!("cannot read {}", kernel.display()))?;
+                let content = vmlinux::extract(&image).context(kernel.display().to_string())?;
+                write_if_changed(&elf, &content)?;
+            }
+            elf
+        }
+    };
     let busybox = place.join("busybox");
     if !busybox.exists() {
         let package = Apt::new(&place)?.download(BUSYBOX_PACKAGE)?;

@@ -34,6 +34,7 @@ mod terminal;
 mod test;
 mod toolchain;
 mod typing;
+mod vmlinux;
 
 use std::process::ExitCode;
 
