@@ -13,9 +13,11 @@ use alloc::string::String;
 use alloc::sync::Arc;
 
 use umbra_inspect::ExitLog;
+use umbra_inspect::trace::{Event, FaultResult, Trace};
 use umbra_machine::processor::cpuid::CpuidPolicy;
 use umbra_machine::{Machine, Shutdown};
 use umbra_mmu::{Mmu, MmuError, RootChange};
+use umbra_report::options::TraceFormat;
 use umbra_report::{Exhausted, MmuCounters, Outcome, Report};
 use umbra_vcpu::event::{Exception, TripleFault, Window, vector};
 use umbra_vcpu::exit::Exit;
@@ -117,6 +119,10 @@ pub struct Guest {
     pub exits: ExitCounts,
     /// What it exited for last.
     pub exit_log: ExitLog,
+    /// What it did, if that is recorded.
+    pub trace: Option<Box<Trace>>,
+    /// How the trace is printed.
+    pub trace_format: TraceFormat,
     /// The time-stamp counter at which the watchdog ends it.
     pub deadline: Option<u64>,
     /// The time-stamp counter at its first turn.
@@ -251,16 +257,23 @@ impl Guest {
         if root.change == RootChange::Changed {
             self.vcpu.set_shadow_paging(root.paging);
             self.vcpu.flush(Flush::All);
+            self.record(|| Event::Root(root.paging.root));
         } else if self.paging.take_flush_request() {
             self.vcpu.flush(Flush::All);
+            self.record(|| Event::Flush);
         }
         self.offer_interrupt();
 
         let exit = self.vcpu.run(&mut self.paging)?;
         self.exits[reason(&exit)] += 1;
-        self.exit_log.record(self.vcpu.registers().rip, exit);
+        let rip = self.vcpu.registers().rip;
+        self.exit_log.record(rip, exit);
+        self.record(|| Event::Exit { rip, exit });
         self.check_deadline()?;
         self.handle(&exit)?;
+        if let Some(trace) = &mut self.trace {
+            trace.exit_handled(platform::timestamp());
+        }
 
         if let Some(shutdown) = self.machine.take_shutdown() {
             return Err(end_of_machine(shutdown));
@@ -291,6 +304,7 @@ impl Guest {
         if self.vcpu.windows().interrupt == Window::Open && self.vcpu.events().accepts_interrupt() {
             if let Some(vector) = self.machine.acknowledge_interrupt() {
                 self.vcpu.events_mut().raise_interrupt(vector);
+                self.record(|| Event::Interrupt(vector));
             }
         }
         if self.machine.pending_interrupt() {
@@ -325,6 +339,14 @@ impl Guest {
         let machine = self.machine.next_deadline();
         let machine = machine.map(|time| self.machine.time_base().counter_at(time));
         machine.into_iter().chain(self.deadline).min()
+    }
+
+    /// Records an event, if that is wanted.
+    #[inline]
+    pub fn record(&mut self, event: impl FnOnce() -> Event) {
+        if let Some(trace) = &mut self.trace {
+            trace.record(platform::timestamp(), event());
+        }
     }
 
     /// Raises an exception in the guest.
@@ -411,6 +433,15 @@ impl Guest {
             Ok(outcome) => outcome,
             Err(error) => return Ok(self.shortage.resolve(self.paging.mmu(), error)?),
         };
+        self.record(|| Event::PageFault {
+            gva: address,
+            error: error_code,
+            result: match outcome {
+                FaultOutcome::Fixed => FaultResult::Fixed,
+                FaultOutcome::Inject(_) => FaultResult::Injected,
+                FaultOutcome::Mmio { .. } => FaultResult::NoMemory,
+            },
+        });
         match outcome {
             FaultOutcome::Fixed => {
                 let mmu = self.paging.mmu();

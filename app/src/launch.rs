@@ -6,12 +6,13 @@ use alloc::string::String;
 use alloc::vec::Vec;
 
 use umbra_inspect::ExitLog;
+use umbra_inspect::trace::Trace;
 use umbra_loader::{BootClock, Format, LoadError, LoadRequest, MemoryMap, Module};
 use umbra_machine::devices::fw_cfg::{E820Entry, FwCfg};
 use umbra_machine::processor::cpuid::CpuidPolicy;
 use umbra_machine::{Configuration, Machine, TimeBase, acpi};
 use umbra_mmu::{MmuConfig, VictimPolicy};
-use umbra_report::options::{Device, GuestOptions, MmuPolicy, Options};
+use umbra_report::options::{Device, GuestOptions, MmuPolicy, Options, Traced};
 use umbra_report::{ExitCode, Outcome, Report};
 use umbra_vcpu::address::{Gfn, PAGE_SIZE};
 
@@ -210,6 +211,8 @@ fn prepare(
         rates: Rates::default(),
         exits: ExitCounts::default(),
         exit_log: ExitLog::default(),
+        trace: (options.trace != Traced::NOTHING).then(|| Box::new(Trace::new(options.trace))),
+        trace_format: options.trace_format,
         deadline,
         start: None,
         halted: Halted::No,

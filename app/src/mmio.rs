@@ -5,6 +5,7 @@
 
 use alloc::format;
 
+use umbra_inspect::trace::Event as TraceEvent;
 use umbra_mmu::AccessKind;
 use umbra_vcpu::address::{Gpa, Gva};
 use umbra_vcpu::event::{Event, Window};
@@ -25,6 +26,7 @@ pub fn access(guest: &mut Guest, gva: Gva, gpa: Gpa, kind: AccessKind) -> Result
              guest has no memory"
         )));
     }
+    guest.record(|| TraceEvent::DeviceMemory(gpa));
     emulation::run(guest, || {
         format!("{gva}, guest-physical {gpa}, is accessed, which is no memory")
     })

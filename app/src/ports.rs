@@ -2,6 +2,7 @@
 
 use alloc::format;
 
+use umbra_inspect::trace::Event;
 use umbra_vcpu::exit::{IoAccess, IoDirection, IoOperand};
 use umbra_vcpu::registers::Gpr;
 
@@ -33,14 +34,24 @@ pub fn access(guest: &mut Guest, access: IoAccess) -> Result<(), End> {
 fn accumulator(guest: &mut Guest, access: IoAccess) {
     let mask = u64::from(access.width.mask());
     let rax = guest.vcpu.registers().get(Gpr::Rax);
+    let record = |guest: &mut Guest, value: u64| {
+        guest.record(|| Event::Port {
+            port: access.port,
+            width: access.width,
+            direction: access.direction,
+            value: value as u32,
+        });
+    };
     match access.direction {
         IoDirection::Out => {
             guest
                 .machine
                 .write_port(access.port, access.width, (rax & mask) as u32);
+            record(guest, rax & mask);
         }
         IoDirection::In => {
             let value = u64::from(guest.machine.read_port(access.port, access.width)) & mask;
+            record(guest, value);
             // A 32-bit result clears the upper half, a narrower one keeps the rest.
             let kept = if access.width.bytes() == 4 {
                 0

@@ -8,6 +8,8 @@
 use alloc::format;
 use alloc::vec::Vec;
 
+use umbra_inspect::trace::{self, Trace};
+use umbra_report::options::TraceFormat;
 use umbra_report::{ExitCode, Outcome, Report};
 
 use crate::alarm::Alarm;
@@ -15,10 +17,13 @@ use crate::guest::{End, Guest, Halted, Turn};
 use crate::launch::Launcher;
 use crate::monitor::Monitor;
 use crate::second_serial::{self, SecondSerial};
-use crate::{platform, post_mortem, pressure};
+use crate::{platform, post_mortem, pressure, timestamp};
 
 /// A guest's time slice in microseconds.
 const TIME_SLICE: u64 = 10_000;
+
+/// Events of the trace that are printed when a guest has failed.
+const TRACE_SHOWN: usize = 64;
 
 /// The guests that run.
 pub struct Schedule<'a> {
@@ -135,10 +140,17 @@ impl<'a> Schedule<'a> {
                     Turn::Ended(end) => {
                         everyone_waits = false;
                         let Running {
-                            guest, index, run, ..
+                            mut guest,
+                            index,
+                            run,
+                            ..
                         } = self.running.remove(place);
                         let post_mortem = post_mortem::page(&guest, &end);
+                        let (trace, format) = (guest.trace.take(), guest.trace_format);
                         let report = guest.finish(end);
+                        if let Some(trace) = trace {
+                            self.print_trace(&trace, format, &report, run);
+                        }
                         if let Some(page) = post_mortem {
                             self.monitor.make_way(&page);
                         }
@@ -198,6 +210,19 @@ impl<'a> Schedule<'a> {
         self.monitor.make_way(&format!("{}\n", report.line()));
         if self.exit_code == ExitCode::Success {
             self.exit_code = report.exit_code;
+        }
+    }
+
+    fn print_trace(&self, trace: &Trace, format: TraceFormat, report: &Report, run: u64) {
+        let nanoseconds = timestamp::nanoseconds_in_ticks;
+        match format {
+            TraceFormat::Text if report.exit_code == ExitCode::Success => {}
+            TraceFormat::Text => self.monitor.make_way(&trace.text(TRACE_SHOWN, nanoseconds)),
+            TraceFormat::Json => {
+                for line in trace.lines(&report.guest, run, nanoseconds) {
+                    self.monitor.make_way(&format!("{}{line}\n", trace::MARKER));
+                }
+            }
         }
     }
 

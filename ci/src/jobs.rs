@@ -8,6 +8,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use umbra_inspect::trace::MARKER;
 use umbra_report::Report;
 
 use crate::archive;
@@ -128,9 +129,10 @@ impl Verdict {
         self.failures.is_empty()
     }
 
-    /// The last lines of the console.
+    /// The last lines of the console, without those of a trace.
     pub fn last_lines(&self) -> String {
-        let lines: Vec<_> = self.console.lines().collect();
+        let lines = self.console.lines();
+        let lines: Vec<_> = lines.filter(|line| !line.starts_with(MARKER)).collect();
         lines[lines.len().saturating_sub(LINES_SHOWN)..].join("\n")
     }
 

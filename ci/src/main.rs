@@ -33,6 +33,7 @@ mod setup;
 mod terminal;
 mod test;
 mod toolchain;
+mod trace;
 mod typing;
 mod vmlinux;
 

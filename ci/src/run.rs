@@ -18,6 +18,7 @@ use crate::project::Project;
 use crate::report;
 use crate::second_serial::SecondSerial;
 use crate::setup;
+use crate::trace::Trace;
 use crate::typing::Input;
 
 /// What Umbra, Hermit and the boot stub need besides the guest's memory, in MiB.
@@ -64,6 +65,14 @@ pub struct Options {
     /// Take the monitor's commands at a local TCP port as well, a line each, with replies in JSON
     #[arg(long)]
     monitor: bool,
+    /// Record what the guest does: exits, mmu, devices, several of them with commas between, or all; the
+    /// last events are printed if it fails
+    #[arg(long, value_name = "WHAT")]
+    trace: Option<String>,
+    /// Write the recorded events to this file, for Perfetto or Chrome's trace viewer; without --trace,
+    /// all of them
+    #[arg(long, value_name = "FILE")]
+    trace_to: Option<PathBuf>,
     /// Write the report as JSON to this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -125,7 +134,10 @@ pub fn run(project: &Project, options: &Options) -> Result<u8> {
         None => None,
     };
 
-    let console = Console::new(Show::Live);
+    let console = Console::new(match options.trace_to {
+        Some(_) => Show::LiveWithoutTrace,
+        None => Show::Live,
+    });
     let second_serial = if options.monitor {
         let (bridge, port) = SecondSerial::bridge()?;
         eprintln!("the monitor takes commands at TCP port {port}: nc localhost {port}");
@@ -154,6 +166,10 @@ pub fn run(project: &Project, options: &Options) -> Result<u8> {
     let result = report::judge(ending, &console.text(), Application::Umbra, reports);
     if let Some(problem) = &result.problem {
         eprintln!("{problem}");
+    }
+    if let Some(path) = &options.trace_to {
+        let trace = Trace::of_console(&console.text())?.json()?;
+        fs::write(path, trace).with_context(|| format!("cannot write {}", path.display()))?;
     }
     if let Some(path) = &options.json {
         let json = match &result.reports[..] {
@@ -188,6 +204,17 @@ fn arguments(options: &Options, source: Option<&Source>) -> Vec<String> {
         ("--mmu-pages", options.mmu_pages.clone()),
         ("--mmu-policy", options.mmu_policy.clone()),
         ("--on-exhausted", options.on_exhausted.clone()),
+        (
+            "--trace",
+            match (&options.trace, &options.trace_to) {
+                (None, Some(_)) => Some("all".to_owned()),
+                (trace, _) => trace.clone(),
+            },
+        ),
+        (
+            "--trace-format",
+            options.trace_to.as_ref().map(|_| "json".to_owned()),
+        ),
         (
             "--device",
             options

@@ -25,6 +25,7 @@ use crate::project::Project;
 use crate::report;
 use crate::second_serial::{Exchange, SecondSerial};
 use crate::setup::Need;
+use crate::trace::Trace;
 use crate::typing::{Input, Line};
 
 /// What a scenario file holds. Everything but `exit_code` may be left out.
@@ -117,6 +118,9 @@ pub struct Scenario {
     /// What the fields must be for a guest by name.
     #[serde(default)]
     reports: BTreeMap<String, BTreeMap<String, Expectation>>,
+    /// What events the trace must have by their names; viewers must be able to read it.
+    #[serde(default)]
+    trace: Vec<String>,
     /// How large fields of a report must be beside others.
     #[serde(default)]
     ratio: Vec<Ratio>,
@@ -155,6 +159,7 @@ const KEYS: Keys = Keys(&[
     ("exit_code", LEAF),
     ("console", LEAF),
     ("forbid", LEAF),
+    ("trace", LEAF),
     ("report", LEAF),
     ("constant", LEAF),
     ("reports", LEAF),
@@ -316,6 +321,7 @@ impl Scenario {
             console: guest.console.clone(),
             input: Vec::new(),
             monitor: Vec::new(),
+            trace: Vec::new(),
             source: Some(Source::Own(guest)),
             forbid: Vec::new(),
             report: BTreeMap::new(),
@@ -534,6 +540,7 @@ impl Scenario {
         {
             failures.push(format!("the console has `{text}`"));
         }
+        failures.extend(self.trace_failures(console));
         for report in &result.reports {
             if let (Some(driver), Some(expected)) = (report.driver, platform.driver())
                 && driver != expected
@@ -576,6 +583,25 @@ impl Scenario {
             failures.push("there is no report".to_owned());
         }
         failures
+    }
+}
+
+impl Scenario {
+    /// What is not as it should be about the trace.
+    fn trace_failures(&self, console: &str) -> Vec<String> {
+        if self.trace.is_empty() {
+            return Vec::new();
+        }
+        let trace = Trace::of_console(console).and_then(|trace| Trace::load(&trace.json()?));
+        match trace {
+            Ok(trace) => {
+                let missing = self.trace.iter().filter(|name| !trace.has(name));
+                missing
+                    .map(|name| format!("the trace has no event `{name}`"))
+                    .collect()
+            }
+            Err(error) => vec![format!("the trace cannot be read: {error:#}")],
+        }
     }
 }
 

@@ -63,7 +63,7 @@ impl fmt::Display for ExitLog {
 
 /// An exit in words.
 #[derive(Clone, Copy, Debug)]
-struct ExitText<'a>(&'a Exit);
+pub(crate) struct ExitText<'a>(pub &'a Exit);
 
 impl fmt::Display for ExitText<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

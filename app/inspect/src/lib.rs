@@ -13,6 +13,7 @@ mod exits;
 pub mod monitor;
 mod post_mortem;
 mod processor;
+pub mod trace;
 mod verdict;
 mod walk;
 

@@ -43,7 +43,7 @@ pub fn merge(text: &str, command_line: &[String]) -> Result<Vec<String>, ConfigE
 }
 
 /// The keys that stand at the top.
-const TOP: [&str; 11] = [
+const TOP: [&str; 13] = [
     "image",
     "initrd",
     "append",
@@ -54,10 +54,12 @@ const TOP: [&str; 11] = [
     "device",
     "repeat",
     "timeout",
+    "trace",
+    "trace-format",
     "guest",
 ];
 /// The keys of a guest.
-const GUEST: [&str; 11] = [
+const GUEST: [&str; 13] = [
     "name",
     "image",
     "initrd",
@@ -69,6 +71,8 @@ const GUEST: [&str; 11] = [
     "device",
     "repeat",
     "timeout",
+    "trace",
+    "trace-format",
 ];
 
 fn names(command_line: &[String], option: &str) -> bool {

@@ -32,6 +32,10 @@ Umbra runs guests, whose files the boot loader passes as modules or in one tar a
                      themselves know as QEMU's pc-testdev (default: none)
   --repeat N         start it again when it has ended, until it has run so often or failed (default: 1)
   --timeout SECONDS  stop it after so many seconds (default: 0, never)
+  --trace WHAT       record what it does: exits, mmu, devices, several of them with commas between, or
+                     all; if it fails, the last events are printed (default: nothing)
+  --trace-format AS  text, or json, to print all recorded events when it ends, as lines that begin with
+                     UMBRA-TRACE (default: text)
   --help             print this text
 
 A boot module named umbra.toml holds the same options as keys, and guests as [[guest]] tables; it is
@@ -109,6 +113,10 @@ pub struct GuestOptions {
     pub repeat: u64,
     /// The time limit of a run, if it has one.
     pub timeout: Option<Duration>,
+    /// Which events are recorded.
+    pub trace: Traced,
+    /// How they are printed.
+    pub trace_format: TraceFormat,
 }
 
 impl Default for GuestOptions {
@@ -125,8 +133,58 @@ impl Default for GuestOptions {
             device: None,
             repeat: 1,
             timeout: None,
+            trace: Traced::NOTHING,
+            trace_format: TraceFormat::Text,
         }
     }
+}
+
+/// Kinds of events.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Traced(u8);
+
+impl Traced {
+    /// None.
+    pub const NOTHING: Self = Self(0);
+    /// Exits of the guest.
+    pub const EXITS: Self = Self(1 << 0);
+    /// Page faults, roots and flushes.
+    pub const MMU: Self = Self(1 << 1);
+    /// Accesses to devices, and interrupts.
+    pub const DEVICES: Self = Self(1 << 2);
+    /// All of them.
+    pub const ALL: Self = Self(0b111);
+
+    /// Whether all kinds of `other` are among these.
+    #[inline]
+    pub const fn contains(self, other: Self) -> bool {
+        self.0 & other.0 == other.0
+    }
+
+    /// Reads kinds with commas between.
+    fn parse(text: &str) -> Option<Self> {
+        let mut traced = Self::NOTHING;
+        for kind in text.split(',') {
+            traced.0 |= match kind {
+                "exits" => Self::EXITS,
+                "mmu" => Self::MMU,
+                "devices" => Self::DEVICES,
+                "all" => Self::ALL,
+                _ => return None,
+            }
+            .0;
+        }
+        Some(traced)
+    }
+}
+
+/// How recorded events are printed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum TraceFormat {
+    /// The last ones in words, if the guest fails.
+    Text,
+    /// All that are kept, as lines of JSON, whenever the guest ends.
+    Json,
 }
 
 /// Which shadow pages go first.
@@ -168,11 +226,13 @@ pub(crate) enum Name {
     Device,
     Repeat,
     Timeout,
+    Trace,
+    TraceFormat,
     Help,
 }
 
 impl Name {
-    pub(crate) const ALL: [Self; 12] = [
+    pub(crate) const ALL: [Self; 14] = [
         Self::Guest,
         Self::Image,
         Self::Initrd,
@@ -184,6 +244,8 @@ impl Name {
         Self::Device,
         Self::Repeat,
         Self::Timeout,
+        Self::Trace,
+        Self::TraceFormat,
         Self::Help,
     ];
 
@@ -200,6 +262,8 @@ impl Name {
             Self::Device => "--device",
             Self::Repeat => "--repeat",
             Self::Timeout => "--timeout",
+            Self::Trace => "--trace",
+            Self::TraceFormat => "--trace-format",
             Self::Help => "--help",
         }
     }
@@ -218,6 +282,8 @@ impl Name {
             Self::Device => "a device, as in --device testdev",
             Self::Repeat => "a number, as in --repeat 100",
             Self::Timeout => "seconds, as in --timeout 30",
+            Self::Trace => "exits, mmu, devices or all, as in --trace exits,mmu",
+            Self::TraceFormat => "text or json, as in --trace-format json",
             Self::Help => "no value",
         }
     }
@@ -357,6 +423,17 @@ fn set(options: &mut GuestOptions, name: Name, value: &str) -> Result<(), Option
             let seconds = number(name, value)?;
             check_range(name, value, seconds, 0, MAXIMUM_TIMEOUT)?;
             options.timeout = (seconds != 0).then(|| Duration::from_secs(seconds));
+        }
+        Name::Trace => {
+            options.trace = Traced::parse(value)
+                .ok_or_else(|| bad_value(name, value, "there is no such kind of event"))?;
+        }
+        Name::TraceFormat => {
+            options.trace_format = match value {
+                "text" => TraceFormat::Text,
+                "json" => TraceFormat::Json,
+                _ => return Err(bad_value(name, value, "there is no such format")),
+            };
         }
         Name::Help => {}
     }
@@ -739,6 +816,14 @@ mod tests {
         assert!(error(&["--timeout", "1s"]).contains("not a whole number"));
         assert!(error(&["--guest="]).contains("empty"));
         assert!(error(&["--device", "disk"]).contains("no such device"));
+        assert!(error(&["--trace", "exits,"]).contains("takes exits, mmu, devices or all"));
+        assert!(error(&["--trace-format=xml"]).contains("takes text or json"));
+        let traced = run(&["--trace=exits,mmu", "--trace-format=json"]);
+        assert!(traced.trace.contains(Traced::EXITS) && traced.trace.contains(Traced::MMU));
+        assert!(!traced.trace.contains(Traced::DEVICES));
+        assert_eq!(traced.trace_format, TraceFormat::Json);
+        assert_eq!(run(&["--trace=all"]).trace, Traced::ALL);
+        assert_eq!(run(&["--trace-format=text"]).trace, Traced::NOTHING);
         assert!(error(&["--mmu-policy", "random"]).contains("takes clock or fifo"));
         assert!(error(&["--on-exhausted="]).contains("takes stop or raise"));
         assert_eq!(run(&["--mmu-policy=fifo"]).mmu_policy, MmuPolicy::Fifo);
@@ -807,7 +892,7 @@ mod tests {
             arguments in prop::collection::vec(
                 prop_oneof![
                     "(?s).*",
-                    "--(guest|image|initrd|append|memory|mmu-pages|mmu-policy|on-exhausted|device|repeat|timeout|help)(=(?s).*)?",
+                    "--(guest|image|initrd|append|memory|mmu-pages|mmu-policy|on-exhausted|device|repeat|timeout|trace|trace-format|help)(=(?s).*)?",
                     "[0-9]{1,22}[KMG]?",
                 ],
                 0..6,

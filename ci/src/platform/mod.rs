@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 use clap::ValueEnum;
+use umbra_inspect::trace;
 use umbra_report::Driver;
 
 pub use self::hardware::Hardware;
@@ -193,8 +194,63 @@ impl Ending {
 pub enum Show {
     /// On the standard output, as it comes.
     Live,
+    /// The same, without the lines of a trace.
+    LiveWithoutTrace,
     /// Not at all.
     Nothing,
+}
+
+/// Leaves out lines that begin with a marker.
+struct LineFilter<'a> {
+    marker: &'a [u8],
+    line: LineSoFar,
+}
+
+/// How a line has begun.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum LineSoFar {
+    /// With so many bytes of the marker, which are held back.
+    Marker(usize),
+    /// With the marker.
+    Hidden,
+    /// In another way.
+    Shown,
+}
+
+impl<'a> LineFilter<'a> {
+    const fn new(marker: &'a [u8]) -> Self {
+        Self {
+            marker,
+            line: LineSoFar::Marker(0),
+        }
+    }
+
+    fn filter(&mut self, bytes: &[u8]) -> Vec<u8> {
+        let mut shown = Vec::new();
+        for &byte in bytes {
+            match self.line {
+                LineSoFar::Marker(length) if self.marker[length] == byte => {
+                    self.line = if length + 1 == self.marker.len() {
+                        LineSoFar::Hidden
+                    } else {
+                        LineSoFar::Marker(length + 1)
+                    };
+                    continue;
+                }
+                LineSoFar::Marker(length) => {
+                    shown.extend(&self.marker[..length]);
+                    shown.push(byte);
+                    self.line = LineSoFar::Shown;
+                }
+                LineSoFar::Shown => shown.push(byte),
+                LineSoFar::Hidden => {}
+            }
+            if byte == b'\n' {
+                self.line = LineSoFar::Marker(0);
+            }
+        }
+        shown
+    }
 }
 
 /// The machine's serial console, recorded.
@@ -218,6 +274,7 @@ impl Console {
     /// Reads a machine's serial output to its end.
     pub fn record(&self, mut output: impl Read) {
         let mut buffer = [0; 4096];
+        let mut filter = LineFilter::new(trace::MARKER.as_bytes());
         loop {
             let length = match output.read(&mut buffer) {
                 Ok(0) => return,
@@ -228,13 +285,14 @@ impl Console {
             if let Ok(mut recorded) = self.recorded.lock() {
                 recorded.extend_from_slice(&buffer[..length]);
             }
-            if self.show == Show::Live {
-                let mut terminal = std::io::stdout().lock();
-                // A closed terminal is no reason to stop the machine.
-                let _ = terminal
-                    .write_all(&buffer[..length])
-                    .and_then(|()| terminal.flush());
-            }
+            let shown = match self.show {
+                Show::Live => &buffer[..length],
+                Show::LiveWithoutTrace => &filter.filter(&buffer[..length]),
+                Show::Nothing => continue,
+            };
+            let mut terminal = std::io::stdout().lock();
+            // A closed terminal is no reason to stop the machine.
+            let _ = terminal.write_all(shown).and_then(|()| terminal.flush());
         }
     }
 
@@ -264,5 +322,23 @@ impl Console {
     /// How long ago the machine was started.
     pub fn elapsed(&self) -> Duration {
         self.start.elapsed()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn marked_lines_are_left_out_however_they_arrive() {
+        let text = b"one\nXY two\nX three\nfour XY\n\nXY";
+        for size in 1..text.len() {
+            let mut filter = LineFilter::new(b"XY ");
+            let shown: Vec<u8> = text
+                .chunks(size)
+                .flat_map(|part| filter.filter(part))
+                .collect();
+            assert_eq!(shown, b"one\nX three\nfour XY\n\n", "{size}");
+        }
     }
 }
