@@ -36,7 +36,7 @@ pub fn mmu_features(features: &GuestFeatures) -> MmuFeatures {
 }
 
 /// CPUID.
-pub fn cpuid(guest: &mut Guest) -> Result<(), End> {
+pub fn cpuid(guest: &mut Guest) {
     let registers = guest.vcpu.registers();
     let (leaf, subleaf) = (
         registers.get(Gpr::Rax) as u32,
@@ -46,7 +46,7 @@ pub fn cpuid(guest: &mut Guest) -> Result<(), End> {
         &host_cpuid,
         leaf,
         subleaf,
-        &guest.vcpu.control_registers(),
+        &|| guest.vcpu.control_registers(),
         guest.machine.msrs().apic_base(),
     );
     let registers = guest.vcpu.registers_mut();
@@ -55,7 +55,6 @@ pub fn cpuid(guest: &mut Guest) -> Result<(), End> {
     registers.set_u32(Gpr::Rcx, result.ecx);
     registers.set_u32(Gpr::Rdx, result.edx);
     guest.vcpu.skip_instruction();
-    Ok(())
 }
 
 /// VMCALL and VMMCALL: KVM's interface, of which the guest has been told no call. The results are
@@ -76,10 +75,9 @@ pub fn hypercall(guest: &mut Guest) -> Result<(), End> {
 
 /// RDMSR.
 pub fn read_msr(guest: &mut Guest, index: u32) -> Result<(), End> {
-    guest.advance_time();
     let Guest { vcpu, machine, .. } = guest;
     let context = MsrContext {
-        control: &vcpu.control_registers(),
+        control: &|| vcpu.control_registers(),
         hardware: &|index| vcpu.hardware_msr(index),
         host_counter: platform::timestamp(),
     };
@@ -95,10 +93,9 @@ pub fn read_msr(guest: &mut Guest, index: u32) -> Result<(), End> {
 
 /// WRMSR.
 pub fn write_msr(guest: &mut Guest, index: u32, value: u64) -> Result<(), End> {
-    guest.advance_time();
     let Guest { vcpu, machine, .. } = guest;
     let context = MsrContext {
-        control: &vcpu.control_registers(),
+        control: &|| vcpu.control_registers(),
         hardware: &|index| vcpu.hardware_msr(index),
         host_counter: platform::timestamp(),
     };
@@ -121,7 +118,10 @@ pub fn write_msr(guest: &mut Guest, index: u32, value: u64) -> Result<(), End> {
                 return guest.raise(Exception::GENERAL_PROTECTION);
             }
         }
-        MsrEffect::ControlRegisters(control) => return change_control(guest, control),
+        MsrEffect::ControlRegisters(new) => {
+            let old = guest.vcpu.control_registers();
+            return change_control(guest, &old, new);
+        }
     }
     guest.vcpu.skip_instruction();
     Ok(())
@@ -184,7 +184,7 @@ pub fn write_control_register(
         }),
     };
     match new {
-        Ok(new) => change_control(guest, new),
+        Ok(new) => change_control(guest, &current, new),
         Err(exception) => guest.raise(exception),
     }
 }
@@ -193,17 +193,20 @@ pub fn write_control_register(
 pub fn set_extended_control_register(guest: &mut Guest, index: u32, value: u64) -> Result<(), End> {
     let current = guest.vcpu.control_registers();
     match control::write_xcr(&current, index, value, guest.cpuid.features()) {
-        Ok(new) => change_control(guest, new),
+        Ok(new) => change_control(guest, &current, new),
         Err(exception) => guest.raise(exception),
     }
 }
 
-/// Completes the instruction that leaves these control registers.
-fn change_control(guest: &mut Guest, new: ControlRegisters) -> Result<(), End> {
-    let old = guest.vcpu.control_registers();
+/// Completes the instruction that finds `old` and leaves `new` in the control registers.
+fn change_control(
+    guest: &mut Guest,
+    old: &ControlRegisters,
+    new: ControlRegisters,
+) -> Result<(), End> {
     let paging_changed = (old.cr0, old.cr3, old.cr4, old.efer) != (new.cr0, new.cr3, new.cr4, new.efer)
         // Loading CR3 drops translations even if the value stays.
-        || old == new;
+        || *old == new;
     if paging_changed && guest.paging.load_registers(&new).is_err() {
         return guest.raise(Exception::GENERAL_PROTECTION);
     }

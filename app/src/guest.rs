@@ -15,7 +15,7 @@ use alloc::sync::Arc;
 use umbra_inspect::ExitLog;
 use umbra_inspect::trace::{Event, FaultResult, Trace};
 use umbra_machine::processor::cpuid::CpuidPolicy;
-use umbra_machine::{Machine, Shutdown};
+use umbra_machine::{Attention, Machine, Shutdown, Timers};
 use umbra_mmu::{Mmu, MmuError, RootChange};
 use umbra_report::options::TraceFormat;
 use umbra_report::{Exhausted, MmuCounters, Outcome, Report};
@@ -129,17 +129,6 @@ pub struct Guest {
     pub start: Option<u64>,
     /// Whether it waits for an interrupt.
     pub halted: Halted,
-    /// Whether the alarm fits the machine's timers.
-    pub timers: Timers,
-}
-
-/// Whether the machine's timers may have changed since the alarm was set for them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Timers {
-    /// They may have.
-    Touched,
-    /// They are as they were.
-    Untouched,
 }
 
 /// Whether the guest waits for an interrupt.
@@ -166,8 +155,8 @@ pub enum Turn {
 enum Progress {
     /// It can go on at once.
     Continues,
-    /// Its time slice is over.
-    SliceEnds,
+    /// The host has been interrupted: time has passed.
+    Interrupted,
 }
 
 impl Guest {
@@ -196,14 +185,17 @@ impl Guest {
                 }
                 self.halted = Halted::No;
             }
-            if self.timers == Timers::Touched {
+            if self.machine.take_timers() == Timers::Touched {
                 let deadline = self.next_deadline().map_or(until, |due| due.min(until));
                 alarm.limit_turn(&mut *self.vcpu, deadline);
-                self.timers = Timers::Untouched;
             }
-            match self.step(alarm, until) {
+            match self.step() {
                 Ok(Progress::Continues) => {}
-                Ok(Progress::SliceEnds) => return Turn::Over,
+                Ok(Progress::Interrupted) => {
+                    if self.interrupted(alarm) >= until {
+                        return Turn::Over;
+                    }
+                }
                 Err(end) => return Turn::Ended(end),
             }
         }
@@ -246,7 +238,10 @@ impl Guest {
     }
 
     /// Enters the guest once and handles its exit.
-    fn step(&mut self, alarm: &mut Alarm, until: u64) -> Result<Progress, End> {
+    ///
+    /// This is the way of every exit: what it does not need must wait behind one comparison.
+    #[inline]
+    fn step(&mut self) -> Result<Progress, End> {
         let root = match self.paging.prepare_entry() {
             Ok(root) => root,
             Err(error) => {
@@ -254,46 +249,69 @@ impl Guest {
                 return Ok(Progress::Continues);
             }
         };
+        let flush = self.paging.take_flush_request();
         if root.change == RootChange::Changed {
             self.vcpu.set_shadow_paging(root.paging);
             self.vcpu.flush(Flush::All);
             self.record(|| Event::Root(root.paging.root));
-        } else if self.paging.take_flush_request() {
+        } else if flush {
             self.vcpu.flush(Flush::All);
             self.record(|| Event::Flush);
         }
-        self.offer_interrupt();
+        if self.machine.attention() == Attention::Wanted {
+            self.offer_interrupt();
+        }
 
-        let exit = self.vcpu.run(&mut self.paging)?;
+        let record = self.exit_log.next_record();
+        if let Err(failure) = self.vcpu.run(&mut self.paging, record) {
+            self.exit_log.forget_next_record();
+            return Err(failure.into());
+        }
+        let exit = record.exit;
         self.exits[reason(&exit)] += 1;
-        let rip = self.vcpu.registers().rip;
-        self.exit_log.record(rip, exit);
+        let rip = record.rip;
         self.record(|| Event::Exit { rip, exit });
-        self.check_deadline()?;
-        self.handle(&exit)?;
+        match exit {
+            Exit::Cpuid => control::cpuid(self),
+            Exit::Hypercall => control::hypercall(self)?,
+            Exit::ReadMsr(index) => control::read_msr(self, index)?,
+            Exit::WriteMsr { index, value } => control::write_msr(self, index, value)?,
+            Exit::WriteControlRegister { register, value } => {
+                control::write_control_register(self, register, value)?;
+            }
+            Exit::Io(access) => ports::access(self, access)?,
+            _ => self.handle(&exit)?,
+        }
         if let Some(trace) = &mut self.trace {
             trace.exit_handled(platform::timestamp());
         }
 
-        if let Some(shutdown) = self.machine.take_shutdown() {
+        if self.machine.attention() == Attention::Wanted
+            && let Some(shutdown) = self.machine.take_shutdown()
+        {
             return Err(end_of_machine(shutdown));
         }
-        if !matches!(exit, Exit::HostInterrupt | Exit::TimeSliceEnd) {
-            return Ok(Progress::Continues);
+        if matches!(exit, Exit::HostInterrupt | Exit::TimeSliceEnd) {
+            self.check_deadline()?;
+            return Ok(Progress::Interrupted);
         }
+        Ok(Progress::Continues)
+    }
+
+    /// Takes the host's interrupts, and lets the guest's time follow. Returns the host's time-stamp
+    /// counter.
+    #[cold]
+    fn interrupted(&mut self, alarm: &mut Alarm) -> u64 {
         // Where the processor counts the turn, interrupts may wait that did not end it.
         platform::take_interrupts();
         alarm.went_off();
         self.advance_time();
-        if platform::timestamp() >= until {
-            Ok(Progress::SliceEnds)
-        } else {
-            Ok(Progress::Continues)
-        }
+        platform::timestamp()
     }
 
     /// Moves an interrupt from the machine's controllers to the processor, or has the processor
     /// say when it can take it.
+    #[inline(never)]
     fn offer_interrupt(&mut self) {
         if self.machine.take_nmi() {
             self.vcpu.events_mut().raise_nmi();
@@ -312,7 +330,8 @@ impl Guest {
         }
     }
 
-    /// The watchdog. The host's timer makes even a guest that never exits of itself come here.
+    /// The watchdog. The alarm is set for its time at the latest, so it is asked only after
+    /// interrupts, even of a guest that never exits of itself.
     fn check_deadline(&self) -> Result<(), End> {
         if self
             .deadline
@@ -331,7 +350,6 @@ impl Guest {
     pub fn advance_time(&mut self) {
         let now = self.machine.time_base().time_at(platform::timestamp());
         self.machine.advance(now);
-        self.timers = Timers::Touched;
     }
 
     /// The host's time-stamp counter when the machine or the watchdog must be looked at.
@@ -355,6 +373,7 @@ impl Guest {
         Ok(())
     }
 
+    #[inline(never)]
     fn handle(&mut self, exit: &Exit) -> Result<(), End> {
         match *exit {
             Exit::PageFault {
@@ -373,7 +392,10 @@ impl Guest {
             | Exit::HostNmi
             | Exit::InterruptWindow
             | Exit::NmiWindow => Ok(()),
-            Exit::Cpuid => control::cpuid(self),
+            Exit::Cpuid => {
+                control::cpuid(self);
+                Ok(())
+            }
             Exit::ReadMsr(index) => control::read_msr(self, index),
             Exit::WriteMsr { index, value } => control::write_msr(self, index, value),
             Exit::ReadControlRegister { register, target } => {
@@ -391,10 +413,7 @@ impl Guest {
                 self.vcpu.skip_instruction();
                 Ok(())
             }
-            Exit::Io(access) => {
-                self.advance_time();
-                ports::access(self, access)
-            }
+            Exit::Io(access) => ports::access(self, access),
             Exit::Halt => self.halt(),
             Exit::Pause | Exit::InvalidateCaches => {
                 self.vcpu.skip_instruction();
@@ -451,7 +470,9 @@ impl Guest {
                 self.raise(Exception::page_fault(fault.gva, fault.error))
             }
             FaultOutcome::Mmio { gpa, access, .. } => {
-                self.advance_time();
+                if self.machine.tells_time_at(gpa) {
+                    self.advance_time();
+                }
                 mmio::access(self, address, gpa, access)
             }
         }

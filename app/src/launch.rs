@@ -19,7 +19,7 @@ use umbra_vcpu::address::{Gfn, PAGE_SIZE};
 use crate::archive::{BootFiles, GuestFiles};
 use crate::console::Console;
 use crate::driver::Driver;
-use crate::guest::{End, ExitCounts, Guest, Halted, Timers};
+use crate::guest::{End, ExitCounts, Guest, Halted};
 use crate::memory::{GuestHost, LoaderRam, RamRange};
 use crate::paging::Paging;
 use crate::physical::HostAddressSpace;
@@ -216,7 +216,6 @@ fn prepare(
         deadline,
         start: None,
         halted: Halted::No,
-        timers: Timers::Touched,
     })
 }
 

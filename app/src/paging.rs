@@ -4,13 +4,14 @@
 //! next entry, with the registers that the architecture's checks have passed.
 
 use alloc::sync::Arc;
+use core::sync::atomic::Ordering;
 
 use umbra_inspect::GuestView;
 use umbra_mmu::{
     Access, AccessKind, Cr3, Fault, FaultOutcome, GuestEnd, Inspection, InvalidPdpte, Marking, Mmu,
     MmuError, PageFault, PagingRegisters, Pkru, RootChange, TranslateError, Vcpu as PagingVcpu,
 };
-use umbra_vcpu::address::{Gpa, Gva, PAGE_SIZE};
+use umbra_vcpu::address::{Gpa, Gva, Hpa, PAGE_SIZE, Pfn};
 use umbra_vcpu::instruction::MAX_LENGTH;
 use umbra_vcpu::registers::ControlRegisters;
 use umbra_vcpu::{CodeReader, PrivilegeLevel, ShadowMode, ShadowPaging, Vcpu, VcpuExt};
@@ -20,6 +21,7 @@ use x86_64::registers::rflags::RFlags;
 use x86_64::structures::idt::PageFaultErrorCode;
 
 use crate::memory::{GuestHost, Unwritable};
+use crate::physical::{self, ENTRIES};
 
 /// A guest's shadow MMU and its one processor's part in it.
 pub struct Paging {
@@ -27,6 +29,22 @@ pub struct Paging {
     vcpu: PagingVcpu,
     registers: PagingRegisters,
     code_page: Option<CodePage>,
+    /// What the hardware walks since the last entry.
+    root: ShadowPaging,
+    /// Pages of code that were found by walking as the hardware does, one for some roots each. Like
+    /// the processor's TLB they hold as long as nothing asks for a flush.
+    peeked: [Option<Peeked>; PEEKED],
+}
+
+/// Roots whose last page of code is kept.
+const PEEKED: usize = 4;
+
+/// A page of code and where it is.
+#[derive(Clone, Copy)]
+struct Peeked {
+    root: Hpa,
+    page: Gva,
+    frame: Pfn,
 }
 
 /// Where instructions were last fetched from. Like an entry of a processor's instruction TLB it
@@ -59,6 +77,11 @@ impl Paging {
             vcpu,
             registers: PagingRegisters::RESET,
             code_page: None,
+            root: ShadowPaging {
+                root: Hpa::new(0),
+                mode: ShadowMode::Pae,
+            },
+            peeked: [None; PEEKED],
         })
     }
 
@@ -110,18 +133,24 @@ impl Paging {
             umbra_mmu::ShadowMode::FourLevel => ShadowMode::FourLevel,
             umbra_mmu::ShadowMode::FiveLevel => ShadowMode::FiveLevel,
         };
+        self.root = ShadowPaging {
+            root: entry.root,
+            mode,
+        };
         Ok(Root {
-            paging: ShadowPaging {
-                root: entry.root,
-                mode,
-            },
+            paging: self.root,
             change: entry.change,
         })
     }
 
     /// Whether the MMU has asked for a flush since the last call.
-    pub fn take_flush_request(&self) -> bool {
-        self.mmu.host().take_flush_request()
+    #[inline]
+    pub fn take_flush_request(&mut self) -> bool {
+        let requested = self.mmu.host().take_flush_request();
+        if requested {
+            self.peeked = [None; PEEKED];
+        }
+        requested
     }
 
     /// Handles a page fault that the hardware met in the shadow tables.
@@ -146,6 +175,7 @@ impl Paging {
     /// INVLPG.
     pub fn invalidate_page(&mut self, gva: Gva) {
         self.code_page = None;
+        self.peeked = [None; PEEKED];
         self.mmu.invalidate_page(&mut self.vcpu, gva);
     }
 
@@ -219,12 +249,58 @@ impl Paging {
     }
 }
 
+impl Paging {
+    /// The frame behind an address, by the tables that the hardware walks; `None` if they have none.
+    fn hardware_frame(&self, address: Gva) -> Option<Pfn> {
+        const PRESENT: u64 = 1 << 0;
+        const LARGE: u64 = 1 << 7;
+        const FRAME: u64 = 0x000f_ffff_ffff_f000;
+        let levels = match self.root.mode {
+            ShadowMode::Pae => 3,
+            ShadowMode::FourLevel => 4,
+            ShadowMode::FiveLevel => 5,
+        };
+        let page = address.as_u64() >> 12;
+        // Outside long mode the table of four entries has a frame of its own, too.
+        let mut table = Pfn::containing(self.root.root);
+        for below in (0..levels).rev() {
+            let index = (page >> (9 * below)) as usize % ENTRIES;
+            let entry = physical::entries(table)[index].load(Ordering::Relaxed);
+            if entry & PRESENT == 0 {
+                return None;
+            }
+            table = Pfn::containing(Hpa::new(entry & FRAME));
+            // The flag means something else in an entry for a page of 4 KiB.
+            if below > 0 && entry & LARGE != 0 {
+                let inside = page & ((1 << (9 * below)) - 1);
+                return Some(Pfn::new(table.as_u64() | inside));
+            }
+        }
+        Some(table)
+    }
+}
+
 /// How many of `length` bytes at `address` lie in its page.
 fn part_in_page(address: Gva, length: usize) -> usize {
     ((PAGE_SIZE - address.page_offset()) as usize).min(length)
 }
 
 impl CodeReader for Paging {
+    #[inline]
+    fn peek_code(&mut self, address: Gva) -> Option<u64> {
+        let (root, page) = (self.root.root, address.page_base());
+        let place = Pfn::containing(root).as_u64() as usize % PEEKED;
+        let frame = match self.peeked[place] {
+            Some(known) if known.page == page && known.root == root => known.frame,
+            _ => {
+                let frame = self.hardware_frame(address)?;
+                self.peeked[place] = Some(Peeked { root, page, frame });
+                frame
+            }
+        };
+        physical::read_word(frame, address.page_offset())
+    }
+
     fn read_code(
         &mut self,
         _control: &ControlRegisters,

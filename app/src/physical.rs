@@ -19,7 +19,7 @@ use umbra_vcpu::address::{Hpa, PAGE_SIZE, Pfn};
 use umbra_vcpu::host::HostMemory;
 
 /// 64-bit entries in a frame.
-const ENTRIES: usize = PAGE_SIZE as usize / size_of::<u64>();
+pub const ENTRIES: usize = PAGE_SIZE as usize / size_of::<u64>();
 
 /// Translates pointers into the unikernel's memory.
 pub struct HostAddressSpace;
@@ -241,6 +241,19 @@ pub fn entries(frame: Pfn) -> &'static [AtomicU64; ENTRIES] {
     // SAFETY: all of RAM is identity-mapped for as long as the unikernel runs. Frames are shared
     // with hardware and with guests, so they are only ever accessed atomically.
     unsafe { &*core::ptr::with_exposed_provenance(frame.base().as_u64() as usize) }
+}
+
+/// The eight bytes at `offset` of a frame that guests may be using, least significant first; `None`
+/// if they reach past the frame.
+#[inline]
+pub fn read_word(frame: Pfn, offset: u64) -> Option<u64> {
+    if offset > PAGE_SIZE - 8 {
+        return None;
+    }
+    let start = (frame.base().as_u64() + offset) as usize;
+    let start: *const u64 = core::ptr::with_exposed_provenance(start);
+    // SAFETY: as for `write_frame`.
+    Some(unsafe { start.read_unaligned() })
 }
 
 /// A frame's content as 32-bit words.

@@ -3,6 +3,7 @@
 use alloc::format;
 
 use umbra_inspect::trace::Event;
+use umbra_machine::Machine;
 use umbra_vcpu::exit::{IoAccess, IoDirection, IoOperand};
 use umbra_vcpu::registers::Gpr;
 
@@ -13,6 +14,9 @@ use crate::{emulation, uhyve};
 pub fn access(guest: &mut Guest, access: IoAccess) -> Result<(), End> {
     if let Some(result) = uhyve::access(guest, access) {
         return result;
+    }
+    if Machine::tells_time(access.port, access.width) {
+        guest.advance_time();
     }
     let result = match access.operand {
         IoOperand::Accumulator => {

@@ -57,8 +57,14 @@ pub struct Plain {
     mnemonics: &'static [Mnemonic],
 }
 
-const RDMSR: Plain = plain(&[0x0f, 0x32], &[Mnemonic::Rdmsr]);
-const WRMSR: Plain = plain(&[0x0f, 0x30], &[Mnemonic::Wrmsr]);
+/// RDMSR.
+pub const RDMSR: Plain = plain(&[0x0f, 0x32], &[Mnemonic::Rdmsr]);
+/// WRMSR.
+pub const WRMSR: Plain = plain(&[0x0f, 0x30], &[Mnemonic::Wrmsr]);
+/// CPUID.
+pub const CPUID: Plain = plain(&[0x0f, 0xa2], &[Mnemonic::Cpuid]);
+/// VMMCALL.
+pub const VMMCALL: Plain = plain(&[0x0f, 0x01, 0xd9], &[Mnemonic::Vmmcall]);
 
 const fn plain(encoding: &'static [u8], mnemonics: &'static [Mnemonic]) -> Plain {
     Plain {
@@ -71,11 +77,11 @@ impl Plain {
     /// The instruction that exits with `code`, if it is one of these. `information` is EXITINFO1.
     pub const fn of_exit(code: u64, information: u64) -> Option<Self> {
         Some(match code {
-            exit_code::CPUID => plain(&[0x0f, 0xa2], &[Mnemonic::Cpuid]),
+            exit_code::CPUID => CPUID,
             exit_code::MSR if information & 1 == 0 => RDMSR,
             exit_code::MSR => WRMSR,
             exit_code::HLT => plain(&[0xf4], &[Mnemonic::Hlt]),
-            exit_code::VMMCALL => plain(&[0x0f, 0x01, 0xd9], &[Mnemonic::Vmmcall]),
+            exit_code::VMMCALL => VMMCALL,
             exit_code::RDPMC => plain(&[0x0f, 0x33], &[Mnemonic::Rdpmc]),
             exit_code::INVD => plain(&[0x0f, 0x08], &[Mnemonic::Invd]),
             exit_code::WBINVD => plain(&[0x0f, 0x09], &[Mnemonic::Wbinvd, Mnemonic::Wbnoinvd]),
@@ -99,6 +105,13 @@ impl Plain {
             }
             _ => false,
         }
+    }
+
+    /// The length in bytes if `code`, the first of eight bytes lowest, begins with the usual encoding.
+    #[inline]
+    pub fn usual_length(&self, code: u64) -> Option<u64> {
+        self.is_usual(&code.to_le_bytes())
+            .then_some(self.encoding.len() as u64)
     }
 
     /// The length in bytes of this instruction at the start of `code`, or `None` if another one
@@ -194,6 +207,48 @@ pub fn debug_access(instruction: &Instruction) -> Option<(Gpr, Register)> {
     }
 }
 
+/// The prefix REX and the byte after it, from the low bytes of 64-bit `code`; without a prefix it is 0.
+const fn split_rex(code: u64) -> (u8, u64, u64) {
+    if code & 0xf0 == 0x40 {
+        (code as u8, code >> 8, 1)
+    } else {
+        (0, code, 0)
+    }
+}
+
+/// The general register that `field` and a bit of REX stand for.
+const fn extended_register(field: u8, extension: u8) -> Gpr {
+    Gpr::from_encoding(field & 7 | (extension & 1) << 3)
+}
+
+/// The general register and the length of MOV to or from a control register without prefixes but
+/// REX, in 64-bit code whose first eight bytes `code` holds, the first lowest.
+pub fn move_control(code: u64, is_write: bool) -> Option<(Gpr, u64)> {
+    let (rex, code, prefix) = split_rex(code);
+    let opcode = if is_write { 0x220f } else { 0x200f };
+    // The two bits that tell memory from registers elsewhere do not count here.
+    (code & 0xffff == opcode).then(|| (extended_register((code >> 16) as u8, rex), prefix + 3))
+}
+
+/// The base register, the displacement and the length of INVLPG without segment prefix, index
+/// and absolute address. `code` as for [`move_control`].
+pub fn invalidate_page(code: u64) -> Option<(Gpr, i64, u64)> {
+    let (rex, code, prefix) = split_rex(code);
+    let operand = (code >> 16) as u8;
+    let (mode, base) = (operand >> 6, operand & 7);
+    // A base of 4 means an index, and of 5 without displacement an address relative to RIP.
+    if code & 0xffff != 0x010f || operand >> 3 & 7 != 7 || base == 4 || (mode == 0 && base == 5) {
+        return None;
+    }
+    let (displacement, length) = match mode {
+        0 => (0, 3),
+        1 => (i64::from(((code >> 24) as u8).cast_signed()), 4),
+        2 => (i64::from(((code >> 24) as u32).cast_signed()), 7),
+        _ => return None,
+    };
+    Some((extended_register(base, rex), displacement, prefix + length))
+}
+
 /// The segment, the index register's width and the repetition of INS or OUTS.
 pub fn string_operand(instruction: &Instruction) -> Option<(Register, CodeWidth)> {
     let (operand, segment) = match instruction.mnemonic() {
@@ -224,8 +279,10 @@ pub const MAX_LENGTH: usize = instruction::MAX_LENGTH;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use alloc::vec;
     use alloc::vec::Vec;
     use proptest::prelude::*;
+    use umbra_vcpu::registers::Segment;
 
     fn access(code: &[u8], width: CodeWidth, registers: &Registers) -> Option<ControlAccess> {
         let instruction = decode(code, width, 0)?;
@@ -358,6 +415,42 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn what_is_decoded_at_a_glance_is_what_the_decoder_says(
+            rex in prop::option::of(0x40..0x50_u8),
+            second in prop::sample::select(vec![0x01_u8, 0x20, 0x22]),
+            rest: [u8; 8],
+            values: [u64; 16],
+        ) {
+            let mut code: Vec<u8> = rex.into_iter().collect();
+            code.extend([0x0f, second]);
+            code.extend(rest);
+            let word = u64::from_le_bytes(code[..8].try_into().unwrap());
+            let instruction = decode(&code, CodeWidth::Bits64, 0);
+            for is_write in [false, true] {
+                let Some((register, length)) = move_control(word, is_write) else { continue };
+                // Of registers that do not exist the decoder knows nothing, and nothing exits.
+                let Some(instruction) = &instruction else { continue };
+                let general = instruction.op_register(u32::from(is_write));
+                prop_assert_eq!(general_register(general), Some(register));
+                prop_assert_eq!(instruction.len() as u64, length);
+            }
+            if let Some((base, displacement, length)) = invalidate_page(word) {
+                let instruction = instruction.unwrap();
+                prop_assert_eq!(instruction.mnemonic(), Mnemonic::Invlpg);
+                prop_assert_eq!(instruction.len() as u64, length);
+                let mut registers = Registers::default();
+                for (register, value) in Gpr::ALL.into_iter().zip(values) {
+                    registers.set(register, value);
+                }
+                let width = CodeWidth::Bits64;
+                let flat = |_| Segment::flat_data32(0);
+                let address = instruction::memory_operand(&instruction, &registers, width, flat);
+                let expected = registers.get(base).wrapping_add_signed(displacement);
+                prop_assert_eq!(address, Some(Gva::new(expected)));
+            }
+        }
+
         #[test]
         fn arbitrary_code_never_panics(code: Vec<u8>, exit in 0_u64..0x100, information: u64) {
             let registers = Registers::default();

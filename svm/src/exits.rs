@@ -12,8 +12,8 @@ use x86_64::structures::idt::PageFaultErrorCode;
 use crate::capability::{Features, efer};
 use crate::debug::{DebugExtensions, DebugFault};
 use crate::decode::{
-    ControlAccess, MAX_LENGTH, Plain, control_access, debug_access, exit_code, load_machine_status,
-    string_operand,
+    self, CPUID, ControlAccess, MAX_LENGTH, Plain, RDMSR, VMMCALL, WRMSR, control_access,
+    debug_access, exit_code, load_machine_status, string_operand,
 };
 use crate::vcpu::{StepReason, SvmVcpu};
 
@@ -37,6 +37,81 @@ enum CodeError {
 }
 
 impl SvmVcpu {
+    /// Puts the most frequent exits into `stop`, where the instruction stands in the plainest way:
+    /// `None` leaves them and all others to [`SvmVcpu::decode_exit`].
+    #[inline]
+    pub(crate) fn decode_plain(
+        &mut self,
+        exit: u64,
+        code: &mut dyn CodeReader,
+        stop: &mut Exit,
+    ) -> Option<()> {
+        let control = &self.vmcb().control;
+        let information = control.exit_info_1;
+        if exit == exit_code::IOIO {
+            if information & IO_STRING != 0 {
+                return None;
+            }
+            self.next_rip = Some(control.exit_info_2);
+            *stop = Exit::Io(io_access(information));
+            return Some(());
+        }
+        match exit {
+            exit_code::CPUID | exit_code::VMMCALL | exit_code::MSR => {}
+            exit_code::CR0_WRITE..=exit_code::CR15_WRITE => {
+                return self.decode_plain_write(exit, code, stop);
+            }
+            _ => return None,
+        }
+        let next_rip = self.saved_next_rip();
+        let code = match next_rip {
+            Some(_) => 0,
+            None => code.peek_code(self.code_address())?,
+        };
+        let index = self.registers.get(Gpr::Rcx) as u32;
+        let length = match exit {
+            exit_code::CPUID => {
+                *stop = Exit::Cpuid;
+                CPUID.usual_length(code)
+            }
+            exit_code::VMMCALL => {
+                *stop = Exit::Hypercall;
+                VMMCALL.usual_length(code)
+            }
+            _ if information & 1 == 0 => {
+                *stop = Exit::ReadMsr(index);
+                RDMSR.usual_length(code)
+            }
+            _ => {
+                let value = self.registers.edx_eax();
+                *stop = Exit::WriteMsr { index, value };
+                WRMSR.usual_length(code)
+            }
+        };
+        self.next_rip = Some(match next_rip {
+            Some(next_rip) => next_rip,
+            None => self.registers.rip.wrapping_add(length?),
+        });
+        Some(())
+    }
+
+    /// The same for writes of control registers.
+    #[inline(never)]
+    fn decode_plain_write(
+        &mut self,
+        exit: u64,
+        code: &mut dyn CodeReader,
+        stop: &mut Exit,
+    ) -> Option<()> {
+        let register = control_register(exit)?;
+        let ControlAccess::Write(value) = self.peeked_access(true, code)? else {
+            return None;
+        };
+        *stop = Exit::WriteControlRegister { register, value };
+        Some(())
+    }
+
+    #[inline(never)]
     pub(crate) fn decode_exit(&mut self, exit: u64, code: &mut dyn CodeReader) -> Outcome {
         match self.try_decode(exit, code) {
             Ok(outcome) => outcome,
@@ -134,9 +209,10 @@ impl SvmVcpu {
                 let length = self
                     .next_rip
                     .map_or(1, |next| next.wrapping_sub(self.registers.rip));
-                self.events.restore(Event::PrivilegedSoftwareException {
-                    instruction_length: length as u8,
-                });
+                self.changing_events()
+                    .restore(Event::PrivilegedSoftwareException {
+                        instruction_length: length as u8,
+                    });
                 return Outcome::Resume;
             }
         })
@@ -234,16 +310,12 @@ impl SvmVcpu {
         information: u64,
         code: &mut dyn CodeReader,
     ) -> Result<Outcome, CodeError> {
-        let register = match exit & 0xf {
-            0 => ControlRegister::Cr0,
-            2 => ControlRegister::Cr2,
-            3 => ControlRegister::Cr3,
-            4 => ControlRegister::Cr4,
-            8 => ControlRegister::Cr8,
-            _ => return Ok(Outcome::Exit(Exit::Exception(Exception::INVALID_OPCODE))),
+        let Some(register) = control_register(exit) else {
+            return Ok(Outcome::Exit(Exit::Exception(Exception::INVALID_OPCODE)));
         };
         let is_write = exit >= exit_code::CR0_WRITE;
-        let access = if let Some(access) = self.assisted_access(is_write, information) {
+        let assisted = self.assisted_access(is_write, information);
+        let access = if let Some(access) = assisted.or_else(|| self.peeked_access(is_write, code)) {
             access
         } else {
             let instruction = self.instruction(code)?;
@@ -284,14 +356,33 @@ impl SvmVcpu {
         }
         self.next_rip = Some(self.saved_next_rip()?);
         let register = Gpr::from_encoding(information as u8);
+        Some(self.general_access(is_write, register))
+    }
+
+    /// MOV CR in 64-bit code, in its usual encoding.
+    fn peeked_access(
+        &mut self,
+        is_write: bool,
+        code: &mut dyn CodeReader,
+    ) -> Option<ControlAccess> {
+        if self.width() != CodeWidth::Bits64 {
+            return None;
+        }
+        let code = code.peek_code(Gva::new(self.registers.rip))?;
+        let (register, length) = decode::move_control(code, is_write)?;
+        self.next_rip = Some(self.registers.rip.wrapping_add(length));
+        Some(self.general_access(is_write, register))
+    }
+
+    fn general_access(&self, is_write: bool, register: Gpr) -> ControlAccess {
         if !is_write {
-            return Some(ControlAccess::Read(register));
+            return ControlAccess::Read(register);
         }
         let value = self.registers.get(register);
-        Some(ControlAccess::Write(match self.width() {
+        ControlAccess::Write(match self.width() {
             CodeWidth::Bits64 => value,
             CodeWidth::Bits32 | CodeWidth::Bits16 => value & 0xffff_ffff,
-        }))
+        })
     }
 
     /// LMSW's operand, which is data: the right to execute it does not matter.
@@ -345,7 +436,7 @@ impl SvmVcpu {
                     DebugFault::GeneralProtection => Exception::GENERAL_PROTECTION,
                 };
                 // An instruction that ran this far interrupted no delivery: nothing to combine.
-                let _ = self.events.raise(exception);
+                let _ = self.changing_events().raise(exception);
             }
         }
         Ok(())
@@ -361,6 +452,14 @@ impl SvmVcpu {
         {
             self.next_rip = Some(next_rip);
             return Ok(Exit::InvalidatePage(Gva::new(information)));
+        }
+        if self.width() == CodeWidth::Bits64
+            && let Some(code) = code.peek_code(Gva::new(self.registers.rip))
+            && let Some((base, displacement, length)) = decode::invalidate_page(code)
+        {
+            self.next_rip = Some(self.registers.rip.wrapping_add(length));
+            let address = self.registers.get(base).wrapping_add_signed(displacement);
+            return Ok(Exit::InvalidatePage(Gva::new(address)));
         }
         let instruction = self.instruction(code)?;
         if instruction.mnemonic() != Mnemonic::Invlpg {
@@ -436,6 +535,18 @@ impl SvmVcpu {
             ..access
         }))
     }
+}
+
+/// The control register that an exit code speaks of.
+const fn control_register(exit: u64) -> Option<ControlRegister> {
+    Some(match exit & 0xf {
+        0 => ControlRegister::Cr0,
+        2 => ControlRegister::Cr2,
+        3 => ControlRegister::Cr3,
+        4 => ControlRegister::Cr4,
+        8 => ControlRegister::Cr8,
+        _ => return None,
+    })
 }
 
 const IO_IN: u64 = 1 << 0;

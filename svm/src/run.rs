@@ -1,18 +1,16 @@
 //! From `run` to the guest and back: injection, flushes, shared registers, and what an exit left
 //! half done.
 //!
-//! Protocol: interrupts are off from before the core's shared state is touched until the exit has
-//! been stored; they are restored before anything is decoded, which may read guest memory.
+//! Protocol: the caller has interrupts off. The host takes those that ended the guest's run once the
+//! exit has been stored.
 
 use core::arch::asm;
 
 use umbra_vcpu::address::{Gva, Hpa};
 use umbra_vcpu::event::{Event, Window, vector};
-use umbra_vcpu::exit::Exit;
+use umbra_vcpu::exit::{Exit, ExitRecord};
 use umbra_vcpu::registers::Gpr;
 use umbra_vcpu::{CodeReader, EntryFailure, Vcpu};
-use x86_64::instructions::interrupts;
-use x86_64::registers::control::Cr4Flags;
 use x86_64::registers::rflags::RFlags;
 
 use crate::capability::{Features, Instructions};
@@ -45,38 +43,70 @@ impl SvmVcpu {
     pub(crate) fn run_until_exit(
         &mut self,
         code: &mut dyn CodeReader,
-    ) -> Result<Exit, EntryFailure> {
+        stop: &mut ExitRecord,
+    ) -> Result<(), EntryFailure> {
         loop {
             self.next_rip = None;
-            self.prepare_events();
+            let usual_events = self.usual_events;
+            if !usual_events {
+                self.prepare_events();
+            }
             if self.unchecked {
-                if let Err(failure) = self.check() {
-                    self.take_back_injection();
-                    return Err(failure);
-                }
-                self.unchecked = false;
+                self.check_entry()?;
             }
             self.enter();
+            stop.rip = self.registers.rip;
             let exit = self.vmcb().control.exit_code & 0xffff_ffff;
-            if exit == exit_code::INVALID {
+            // An instruction that exits has come after the delivery of whatever was injected.
+            if (usual_events || self.step.is_none())
+                && self.vmcb().save.cr3 == self.paging.root.as_u64()
+                && self.decode_plain(exit, code, &mut stop.exit).is_some()
+            {
+                self.injected = None;
+                return Ok(());
+            }
+            if let Some(exit) = self.conclude(exit, code)? {
+                stop.rip = self.registers.rip;
+                stop.exit = exit;
+                return Ok(());
+            }
+        }
+    }
+
+    /// Does what belongs to the driver after an exit, and decodes it; `None` if the guest goes on.
+    #[inline(never)]
+    fn conclude(
+        &mut self,
+        exit: u64,
+        code: &mut dyn CodeReader,
+    ) -> Result<Option<Exit>, EntryFailure> {
+        match exit {
+            exit_code::INTR | exit_code::NMI | exit_code::INIT => take_host_interrupts(),
+            code if code == exit_code::EXCEPTION_0 + u64::from(vector::MACHINE_CHECK) => {
+                raise_machine_check();
+            }
+            exit_code::INVALID => {
                 self.take_back_injection();
                 self.unchecked = true;
                 return Err(self.refusal());
             }
-            if let Some(escape) = self.foreign_tables() {
-                return Ok(escape);
-            }
-            self.complete_events(exit);
-            match self.complete_step(exit) {
-                Stepped::No => {}
-                Stepped::Done if self.nmi_can_be_taken() => return Ok(Exit::NmiWindow),
-                Stepped::Done => continue,
-            }
-            match self.decode_exit(exit, code) {
-                Outcome::Exit(exit) => return Ok(exit),
-                Outcome::Resume => {}
+            _ => {}
+        }
+        if let Some(escape) = self.foreign_tables() {
+            return Ok(Some(escape));
+        }
+        self.complete_events(exit);
+        match self.complete_step(exit) {
+            Stepped::No => {}
+            Stepped::Done => {
+                let window = self.nmi_can_be_taken();
+                return Ok(window.then_some(Exit::NmiWindow));
             }
         }
+        Ok(match self.decode_exit(exit, code) {
+            Outcome::Exit(exit) => Some(exit),
+            Outcome::Resume => None,
+        })
     }
 
     /// Some emulators carry out task switches despite the intercept, and load CR3 from the guest's
@@ -96,6 +126,16 @@ impl SvmVcpu {
         })
     }
 
+    #[inline(never)]
+    fn check_entry(&mut self) -> Result<(), EntryFailure> {
+        if let Err(failure) = self.check() {
+            self.take_back_injection();
+            return Err(failure);
+        }
+        self.unchecked = false;
+        Ok(())
+    }
+
     fn check(&self) -> Result<(), EntryFailure> {
         let state = GuestState {
             // The identifier is chosen on entry, from those that exist.
@@ -106,6 +146,7 @@ impl SvmVcpu {
     }
 
     /// Why the processor refused the entry.
+    #[cold]
     fn refusal(&self) -> EntryFailure {
         let state = GuestState::of(self.vmcb(), self.paging);
         check(&state, self.core.capabilities())
@@ -118,15 +159,12 @@ impl SvmVcpu {
     }
 
     /// Writes the event of this entry, and asks for the windows that others wait for.
+    #[inline(never)]
     fn prepare_events(&mut self) {
-        let is_usual = self.events.is_empty()
+        self.usual_events = self.events.is_empty()
             && self.step.is_none()
             && !self.nmi_masked
             && !self.window_requested;
-        if is_usual && self.usual_events {
-            return;
-        }
-        self.usual_events = is_usual;
         let windows = self.windows();
         let event = self.events.next_event(windows);
         self.injected = event;
@@ -196,7 +234,7 @@ impl SvmVcpu {
         if event == Event::Nmi {
             self.nmi_masked = false;
         }
-        self.events.restore(event);
+        self.changing_events().restore(event);
     }
 
     /// Puts back the event whose delivery the exit interrupted.
@@ -232,6 +270,7 @@ impl SvmVcpu {
         if self.step.is_some() {
             return;
         }
+        self.usual_events = false;
         self.step = Some(Step {
             reason,
             rip: self.registers.rip,
@@ -287,8 +326,6 @@ impl SvmVcpu {
         let core = core::ptr::from_ref::<Core>(&self.core);
         // SAFETY: the vCPU holds a reference count of the core as long as it lives.
         let core = unsafe { &*core };
-        let enabled = interrupts::are_enabled();
-        interrupts::disable();
         let dr7 = self.prepare_shared(core);
         self.store_registers();
         let (vmcb, host) = (self.vmcb_address(), core.host_state.physical_address());
@@ -303,16 +340,6 @@ impl SvmVcpu {
         }
         self.load_registers();
         self.restore_shared(core);
-        match self.vmcb().control.exit_code & 0xffff_ffff {
-            exit_code::INTR | exit_code::NMI | exit_code::INIT => take_host_interrupts(),
-            code if code == exit_code::EXCEPTION_0 + u64::from(vector::MACHINE_CHECK) => {
-                raise_machine_check();
-            }
-            _ => {}
-        }
-        if enabled {
-            interrupts::enable();
-        }
     }
 
     /// Gives the core's shared registers to this guest; returns DR7 if it has breakpoints.
@@ -320,9 +347,9 @@ impl SvmVcpu {
         if self.reload || !core.is_current(self.extended_state) {
             self.load_shared(core);
         }
-        if let Some(host) = core.host_xcr0
+        if self.uses_xsave
+            && let Some(host) = core.host_xcr0
             && self.control.xcr0 != host
-            && self.uses_xsave()
         {
             // SAFETY: the host has OSXSAVE set; this is a subset of its XCR0.
             unsafe { write_xcr0(self.control.xcr0 & host | 1) };
@@ -334,6 +361,7 @@ impl SvmVcpu {
         None
     }
 
+    #[inline(never)]
     fn load_shared(&mut self, core: &Core) {
         let mut shared = core.shared.lock();
         let capabilities = core.capabilities();
@@ -380,6 +408,8 @@ impl SvmVcpu {
         core.set_current(self.extended_state);
     }
 
+    #[cold]
+    #[inline(never)]
     fn prepare_breakpoints(&mut self) -> Option<u64> {
         let marker = 0_u8;
         let stack = (&raw const marker) as u64;
@@ -401,10 +431,15 @@ impl SvmVcpu {
     }
 
     /// Gives XCR0 back to the host.
+    #[inline]
     fn restore_shared(&mut self, core: &Core) {
-        if !self.uses_xsave() {
-            return;
+        if self.uses_xsave {
+            self.restore_xcr0(core);
         }
+    }
+
+    #[inline(never)]
+    fn restore_xcr0(&mut self, core: &Core) {
         let Some(host) = core.host_xcr0 else {
             return;
         };
@@ -417,10 +452,6 @@ impl SvmVcpu {
             // SAFETY: the host has OSXSAVE set, and this was the register's value before.
             unsafe { write_xcr0(host) };
         }
-    }
-
-    fn uses_xsave(&self) -> bool {
-        self.vmcb().save.cr4 & Cr4Flags::OSXSAVE.bits() != 0
     }
 
     fn store_registers(&mut self) {

@@ -6,7 +6,7 @@ use core::ptr::NonNull;
 
 use umbra_vcpu::address::{Gva, Hpa};
 use umbra_vcpu::event::{Event, EventQueue, Exception, Window, Windows, vector};
-use umbra_vcpu::exit::Exit;
+use umbra_vcpu::exit::ExitRecord;
 use umbra_vcpu::extended_state::ExtendedState;
 use umbra_vcpu::host::{HostMemory, PageBlock};
 use umbra_vcpu::registers::{
@@ -37,6 +37,7 @@ const CR0_PG: u64 = 1 << 31;
 const CR4_PAE: u64 = 1 << 5;
 const CR4_LA57: u64 = 1 << 12;
 const CR4_VMXE: u64 = 1 << 13;
+const CR4_OSXSAVE: u64 = 1 << 18;
 const CR4_PCIDE: u64 = 1 << 17;
 const CR4_SMEP: u64 = 1 << 20;
 const CR4_SMAP: u64 = 1 << 21;
@@ -65,12 +66,17 @@ pub struct SvmVcpu {
     pub(crate) tsc_aux: u64,
     pub(crate) asid: Asid,
     pub(crate) flush: PendingFlush,
-    /// Whether state changed from outside since the last check.
+    /// Whether state that the processor checks changed from outside since the last check.
     pub(crate) unchecked: bool,
+    /// The hardware's control registers that have passed the check.
+    checked: CheckedControl,
     /// Whether something that the core's guests take turns with must be loaded again.
     pub(crate) reload: bool,
-    /// Whether the event controls of the last entry were the usual ones.
+    /// Whether nothing waits for the guest and no window is wanted, and the VMCB says so. Whatever
+    /// changes that makes it false, and the next entry finds out.
     pub(crate) usual_events: bool,
+    /// Whether the guest has CR4.OSXSAVE set, so that its XCR0 counts.
+    pub(crate) uses_xsave: bool,
     pub(crate) window_requested: bool,
     pub(crate) nmi_masked: bool,
     pub(crate) step: Option<Step>,
@@ -82,6 +88,31 @@ pub struct SvmVcpu {
 
 // SAFETY: the VMCB and the extended state belong to this value alone; the core is shared by a lock.
 unsafe impl Send for SvmVcpu {}
+
+/// Control registers that the processor has been found to accept.
+#[derive(Clone, Copy, Debug, Default)]
+struct CheckedControl {
+    /// All bits that were ever set.
+    cr0_bits: u64,
+    /// All bits that were ever set.
+    cr4_bits: u64,
+    /// Those that the rules combine, of the last value.
+    combined: (u64, u64, u64),
+}
+
+impl CheckedControl {
+    /// Takes over new values, and tells whether they must be checked: most changes only set and
+    /// clear what was set before.
+    fn is_news(&mut self, cr0: u64, cr4: u64, efer: u64) -> bool {
+        let combined = (cr0 & (CR0_PE | CR0_PG), cr4 & CR4_PAE, efer);
+        let is_known =
+            cr0 & !self.cr0_bits == 0 && cr4 & !self.cr4_bits == 0 && combined == self.combined;
+        self.cr0_bits |= cr0;
+        self.cr4_bits |= cr4;
+        self.combined = combined;
+        !is_known
+    }
+}
 
 /// Translations to drop before the next entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -153,8 +184,10 @@ impl SvmVcpu {
             asid: Asid::NONE,
             flush: PendingFlush::All,
             unchecked: true,
+            checked: CheckedControl::default(),
             reload: true,
             usual_events: false,
+            uses_xsave: false,
             window_requested: false,
             nmi_masked: false,
             step: None,
@@ -257,12 +290,13 @@ impl SvmVcpu {
     /// How wide the code is that runs now, straight from the VMCB.
     pub(crate) fn width(&self) -> CodeWidth {
         let code_segment = self.vmcb().save.cs.attributes;
-        if self.control.cr0 & CR0_PE == 0
+        // Long mode has neither real nor virtual-8086 mode.
+        if self.control.efer & efer::LMA != 0 && code_segment & SegmentField::LONG != 0 {
+            CodeWidth::Bits64
+        } else if self.control.cr0 & CR0_PE == 0
             || self.registers.rflags & RFlags::VIRTUAL_8086_MODE.bits() != 0
         {
             CodeWidth::Bits16
-        } else if self.control.efer & efer::LMA != 0 && code_segment & SegmentField::LONG != 0 {
-            CodeWidth::Bits64
         } else if code_segment & SegmentField::DEFAULT_32 != 0 {
             CodeWidth::Bits32
         } else {
@@ -321,7 +355,10 @@ impl SvmVcpu {
         vmcb.save.cr2 = guest.cr2.as_u64();
         vmcb.control.intercept_cr_reads = reads;
         vmcb.control.intercept_cr_writes = !(1 << 2);
-        self.unchecked = true;
+        self.uses_xsave = cr4 & CR4_OSXSAVE != 0;
+        if self.checked.is_news(cr0, cr4, efer) {
+            self.unchecked = true;
+        }
         let intercepted = self.vmcb().control.intercept_exceptions;
         let invalid_opcode = 1 << vector::INVALID_OPCODE;
         if (intercepted ^ self.intercepted_exceptions()) & invalid_opcode != 0 {
@@ -343,18 +380,28 @@ impl SvmVcpu {
         }
     }
 
+    /// The events that wait, to be changed.
+    pub(crate) fn changing_events(&mut self) -> &mut EventQueue {
+        self.usual_events = false;
+        &mut self.events
+    }
+
     /// The processor ends an instruction that it did not carry out itself.
+    #[inline]
     pub(crate) fn complete(&mut self, next_rip: u64) {
-        self.registers.rip = match self.width() {
-            CodeWidth::Bits64 => next_rip,
-            CodeWidth::Bits32 | CodeWidth::Bits16 => next_rip & 0xffff_ffff,
+        // Only code that is about to cross 4 GiB has to know how wide it is.
+        let crosses = (next_rip ^ self.registers.rip) >> 32 != 0;
+        self.registers.rip = if crosses && self.width() != CodeWidth::Bits64 {
+            next_rip & 0xffff_ffff
+        } else {
+            next_rip
         };
         self.registers.rflags &= !RFlags::RESUME_FLAG.bits();
         self.vmcb_mut().control.interrupt_shadow = 0;
         if self.registers.rflags & RFlags::TRAP_FLAG.bits() != 0 && self.step.is_none() {
             self.vmcb_mut().save.dr6 |= DR6_BS;
             // A trap after an instruction follows no fault, so nothing can combine with it.
-            let _ = self.events.raise(Exception::new(vector::DEBUG));
+            let _ = self.changing_events().raise(Exception::new(vector::DEBUG));
         }
     }
 }
@@ -483,8 +530,14 @@ impl Vcpu for SvmVcpu {
     }
 
     fn set_control_registers(&mut self, registers: ControlRegisters) {
+        let derived_from = |control: &ControlRegisters| (control.cr0, control.cr4, control.efer);
+        let changes = derived_from(&self.control) != derived_from(&registers);
         self.control = registers;
-        self.update_control_registers();
+        if changes {
+            self.update_control_registers();
+        } else {
+            self.vmcb_mut().save.cr2 = registers.cr2.as_u64();
+        }
     }
 
     fn set_shadow_paging(&mut self, paging: ShadowPaging) {
@@ -493,9 +546,13 @@ impl Vcpu for SvmVcpu {
         }
         // VMRUN with another CR3 keeps the translations of the identifier (APM vol. 2 15.16).
         self.flush(Flush::All);
-        self.paging = paging;
-        self.control.cr2 = Gva::new(self.vmcb().save.cr2);
-        self.update_control_registers();
+        let old = core::mem::replace(&mut self.paging, paging);
+        if old.mode == paging.mode {
+            self.vmcb_mut().save.cr3 = paging.root.as_u64();
+        } else {
+            self.control.cr2 = Gva::new(self.vmcb().save.cr2);
+            self.update_control_registers();
+        }
     }
 
     fn hardware_msr(&self, index: u32) -> Option<u64> {
@@ -555,7 +612,7 @@ impl Vcpu for SvmVcpu {
     }
 
     fn events_mut(&mut self) -> &mut EventQueue {
-        &mut self.events
+        self.changing_events()
     }
 
     fn windows(&self) -> Windows {
@@ -571,6 +628,7 @@ impl Vcpu for SvmVcpu {
 
     fn request_interrupt_window(&mut self) {
         self.window_requested = true;
+        self.usual_events = false;
     }
 
     fn flush(&mut self, flush: Flush) {
@@ -625,8 +683,12 @@ impl Vcpu for SvmVcpu {
         unsafe { self.extended_state.as_mut() }
     }
 
-    fn run(&mut self, code: &mut dyn CodeReader) -> Result<Exit, EntryFailure> {
-        self.run_until_exit(code)
+    fn run(
+        &mut self,
+        code: &mut dyn CodeReader,
+        stop: &mut ExitRecord,
+    ) -> Result<(), EntryFailure> {
+        self.run_until_exit(code, stop)
     }
 }
 
@@ -656,6 +718,26 @@ pub(crate) fn flush_guest(capabilities: &Capabilities) -> Option<TlbControl> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_news_are_checked() {
+        let mut checked = CheckedControl::default();
+        assert!(checked.is_news(CR0_PE | CR0_PG, CR4_PAE, efer::LMA));
+        assert!(!checked.is_news(CR0_PE | CR0_PG, CR4_PAE, efer::LMA));
+        assert!(
+            checked.is_news(CR0_PE | CR0_PG, CR4_PAE | CR4_SMEP, efer::LMA),
+            "a new bit"
+        );
+        assert!(!checked.is_news(CR0_PE | CR0_PG, CR4_PAE, efer::LMA));
+        assert!(!checked.is_news(CR0_PE | CR0_PG, CR4_PAE | CR4_SMEP, efer::LMA));
+        assert!(
+            checked.is_news(CR0_PE, CR4_PAE, efer::LMA),
+            "another combination"
+        );
+        assert!(checked.is_news(CR0_PE | CR0_PG, CR4_PAE, efer::LMA));
+        assert!(checked.is_news(CR0_PE | CR0_PG, CR4_PAE, efer::LMA | efer::LME));
+        assert!(checked.is_news(CR0_PE | CR0_PG, 0, efer::LMA | efer::LME));
+    }
 
     #[test]
     fn canonical_addresses() {

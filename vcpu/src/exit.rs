@@ -113,6 +113,15 @@ pub enum Exit {
     },
 }
 
+/// Where and why the guest stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExitRecord {
+    /// The guest's instruction pointer.
+    pub rip: u64,
+    /// Why it stopped.
+    pub exit: Exit,
+}
+
 /// The control registers whose access can exit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ControlRegister {

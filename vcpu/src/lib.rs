@@ -25,7 +25,7 @@ use core::fmt;
 
 use address::{Gva, Hpa};
 use event::{EventQueue, Windows};
-use exit::Exit;
+use exit::ExitRecord;
 use extended_state::ExtendedState;
 use registers::{
     CodeWidth, ControlRegisters, DescriptorTable, Registers, Segment, SegmentRegister,
@@ -114,15 +114,18 @@ pub trait Vcpu {
     /// back.
     fn extended_state_mut(&mut self) -> &mut ExtendedState;
 
-    /// Runs the guest until it stops. Host interrupts that arrive meanwhile are handled by the host
-    /// before this returns.
+    /// Runs the guest until it stops, and puts where and why into `stop`: there, because every exit
+    /// comes this way and copying it would take long beside what many exits take in all. The caller
+    /// has the host's interrupts off; those that arrive meanwhile are handled by the host before this
+    /// returns.
     ///
     /// `code` reads the guest's memory at the instruction pointer where the hardware does not say
     /// what the instruction was.
     ///
     /// # Errors
     /// [`EntryFailure`] if the guest's state breaks one of the processor's rules; nothing ran then.
-    fn run(&mut self, code: &mut dyn CodeReader) -> Result<Exit, EntryFailure>;
+    fn run(&mut self, code: &mut dyn CodeReader, stop: &mut ExitRecord)
+    -> Result<(), EntryFailure>;
 }
 
 /// The table that the hardware walks while the guest runs.
@@ -177,6 +180,14 @@ pub trait CodeReader {
         address: Gva,
         buffer: &mut [u8; instruction::MAX_LENGTH],
     ) -> usize;
+
+    /// The first eight bytes, least significant first, of the instruction that the guest stopped at,
+    /// whose linear address this is. `None` says only that they are not at hand at once: ask
+    /// [`CodeReader::read_code`] then.
+    fn peek_code(&mut self, address: Gva) -> Option<u64> {
+        let _ = address;
+        None
+    }
 }
 
 /// The current privilege level.

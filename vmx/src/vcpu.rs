@@ -8,13 +8,12 @@
 
 use alloc::boxed::Box;
 use alloc::rc::Rc;
-use core::arch::asm;
 use core::arch::x86_64::_rdtsc;
 use core::ptr::NonNull;
 
 use umbra_vcpu::address::Gva;
 use umbra_vcpu::event::{EventQueue, Window, Windows, vector};
-use umbra_vcpu::exit::Exit;
+use umbra_vcpu::exit::ExitRecord;
 use umbra_vcpu::extended_state::ExtendedState;
 use umbra_vcpu::host::{HostMemory, PageBlock, PageBlockError};
 use umbra_vcpu::registers::{
@@ -102,6 +101,8 @@ struct Written {
     rflags: u64,
     interruptibility: u32,
     control: HardwareControl,
+    /// The bits of CR4 that have passed the check.
+    checked_cr4: u64,
     primary: u32,
     timer: u32,
     entry: u32,
@@ -381,7 +382,6 @@ impl Vcpu for VmxVcpu {
         let old = self.control_registers();
         if (old.cr0, old.cr4, old.efer) != (registers.cr0, registers.cr4, registers.efer) {
             self.pending.insert(Pending::CONTROL);
-            self.pending.insert(Pending::CHECK);
         }
         self.control = registers;
     }
@@ -551,17 +551,12 @@ impl Vcpu for VmxVcpu {
         unsafe { self.extended.as_mut() }
     }
 
-    fn run(&mut self, code: &mut dyn CodeReader) -> Result<Exit, EntryFailure> {
-        let were_enabled = interrupts::are_enabled();
-        interrupts::disable();
-        let result = self.run_uninterrupted(code);
-        if were_enabled {
-            interrupts::enable();
-        } else if matches!(result, Ok(Exit::HostInterrupt)) {
-            // SAFETY: the host's tables are in place again; it takes its interrupt here.
-            unsafe { asm!("sti", "nop", "cli") };
-        }
-        result
+    fn run(
+        &mut self,
+        code: &mut dyn CodeReader,
+        stop: &mut ExitRecord,
+    ) -> Result<(), EntryFailure> {
+        self.run_uninterrupted(code, stop)
     }
 }
 

@@ -2,20 +2,11 @@
 
 use core::fmt;
 
-use umbra_vcpu::exit::{Exit, IoDirection, IoOperand};
+use umbra_vcpu::exit::{Exit, ExitRecord, IoDirection, IoOperand};
 use umbra_vcpu::registers::Gpr;
 
 /// How many exits are remembered; a power of two.
 const REMEMBERED: usize = 32;
-
-/// One exit.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ExitRecord {
-    /// The guest's instruction pointer.
-    pub rip: u64,
-    /// Why it stopped.
-    pub exit: Exit,
-}
 
 /// The last exits of a guest, in a ring.
 #[derive(Clone, Debug)]
@@ -39,11 +30,17 @@ impl Default for ExitLog {
 }
 
 impl ExitLog {
-    /// Remembers an exit in the place of the oldest.
+    /// The place of the oldest exit, for the next one, which counts as remembered already.
     #[inline]
-    pub const fn record(&mut self, rip: u64, exit: Exit) {
-        self.records[self.total % REMEMBERED] = ExitRecord { rip, exit };
+    pub const fn next_record(&mut self) -> &mut ExitRecord {
+        let record = &mut self.records[self.total % REMEMBERED];
         self.total = self.total.wrapping_add(1);
+        record
+    }
+
+    /// Takes [`ExitLog::next_record`] back: nothing was written there.
+    pub const fn forget_next_record(&mut self) {
+        self.total = self.total.wrapping_sub(1);
     }
 
     /// The exits that are remembered, oldest first.

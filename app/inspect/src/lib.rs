@@ -17,7 +17,7 @@ pub mod trace;
 mod verdict;
 mod walk;
 
-pub use exits::{ExitLog, ExitRecord};
+pub use exits::ExitLog;
 pub use post_mortem::{Death, PostMortem};
 pub use processor::ProcessorState;
 pub use walk::WalkText;

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use umbra_inspect::{Death, ExitLog, GuestView, PostMortem, ProcessorState};
 use umbra_mmu::{GuestEnd, Inspection, Level, Permission, Permissions, ShadowEnd};
 use umbra_vcpu::address::{Gpa, Gva};
-use umbra_vcpu::exit::Exit;
+use umbra_vcpu::exit::{Exit, ExitRecord};
 use umbra_vcpu::registers::{
     ControlRegisters, DescriptorTable, Gpr, Registers, Segment, SegmentRegister,
 };
@@ -132,9 +132,15 @@ impl Machine {
     fn page(&self, death: Death) -> String {
         let mut exits = ExitLog::default();
         for leaf in 0..40 {
-            exits.record(leaf, Exit::Cpuid);
+            *exits.next_record() = ExitRecord {
+                rip: leaf,
+                exit: Exit::Cpuid,
+            };
         }
-        exits.record(CODE, Exit::TripleFault);
+        *exits.next_record() = ExitRecord {
+            rip: CODE,
+            exit: Exit::TripleFault,
+        };
         PostMortem {
             guest: "machine",
             message: "it died",

@@ -28,5 +28,5 @@ pub mod machine;
 pub mod processor;
 pub mod time;
 
-pub use machine::{Configuration, ConsoleOutput, Machine, NoDevice, Shutdown};
+pub use machine::{Attention, Configuration, ConsoleOutput, Machine, NoDevice, Shutdown, Timers};
 pub use time::{GuestTime, TimeBase};

@@ -25,12 +25,12 @@ const LIMIT: Duration = Duration::from_secs(600);
 const SVM_TARGETS: &[(&str, f64)] = &[
     ("cpuid", 400.0),
     ("rdmsr", 400.0),
-    ("port write", 400.0),
-    ("port read", 400.0),
+    ("port-write", 400.0),
+    ("port-read", 400.0),
     ("hypercall", 400.0),
-    ("cr3 load", 800.0),
-    ("cr0.wp toggle", 1_500.0),
-    ("cr4.pge toggle", 1_000.0),
+    ("cr3-load", 800.0),
+    ("cr0.wp-toggle", 1_500.0),
+    ("cr4.pge-toggle", 1_000.0),
     ("self-ipi", 1_500.0),
 ];
 /// The same with VMX.
@@ -121,7 +121,7 @@ mod tests {
         let console = "boot\ncost cpuid: 722.50\ncost port write: 9\ncosts nothing\ncost x\n";
         assert_eq!(
             costs(console),
-            [("cpuid".to_owned(), 722.5), ("port write".to_owned(), 9.0)]
+            [("cpuid".to_owned(), 722.5), ("port-write".to_owned(), 9.0)]
         );
     }
 }

@@ -1,19 +1,19 @@
 //! One round through the guest: entry, exit, and what the driver does between.
 //!
-//! Protocol: interrupts are off from the first line of [`VmxVcpu::run_uninterrupted`] to its last, and
-//! this vCPU's VMCS is current. An event leaves the queue only for an entry; a refused entry and an
-//! interrupted delivery put it back.
+//! Protocol: the caller has interrupts off, and the host takes those that ended the guest's run before
+//! the round is over. Meanwhile this vCPU's VMCS is current. An event leaves the queue only for an
+//! entry; a refused entry and an interrupted delivery put it back.
 
 use core::arch::asm;
 use core::arch::x86_64::_rdtsc;
 
 use umbra_vcpu::address::Gva;
 use umbra_vcpu::event::{Event, vector};
-use umbra_vcpu::exit::Exit;
+use umbra_vcpu::exit::{Exit, ExitRecord};
 use umbra_vcpu::instruction::{self, MAX_LENGTH};
 use umbra_vcpu::registers::{CodeWidth, ControlRegisters, Gpr, Registers, SegmentRegister};
 use umbra_vcpu::{CodeReader, EntryFailure, PrivilegeLevel, ShadowMode, Vcpu};
-use x86_64::registers::control::Cr4Flags;
+use x86_64::registers::control::{Cr0Flags, Cr4Flags};
 use x86_64::registers::rflags::RFlags;
 
 use super::{
@@ -31,11 +31,12 @@ use crate::paging::{self, HardwareControl};
 use crate::{bank, fields, host};
 
 impl VmxVcpu {
-    /// Everything between "interrupts off" and "interrupts on".
+    /// One round. Interrupts are off.
     pub(super) fn run_uninterrupted(
         &mut self,
         code: &mut dyn CodeReader,
-    ) -> Result<Exit, EntryFailure> {
+        stop: &mut ExitRecord,
+    ) -> Result<(), EntryFailure> {
         let vmcs = self.current();
         self.write_control_registers(&vmcs)?;
         if self.pending.contains(Pending::CHECK) {
@@ -49,7 +50,9 @@ impl VmxVcpu {
         if entered && let Some(exit) = exit::decode_plain(reason, &self.registers) {
             self.launch = EntryKind::Resume;
             self.read_back(&vmcs);
-            return Ok(self.note(exit));
+            stop.rip = self.registers.rip;
+            stop.exit = self.note(exit);
+            return Ok(());
         }
         let raw = RawExit::read(&vmcs, reason);
         if !entered || raw.is_entry_failure() {
@@ -58,7 +61,9 @@ impl VmxVcpu {
         self.launch = EntryKind::Resume;
         self.read_back(&vmcs);
         self.account_for_interrupted_event(&raw);
-        Ok(self.conclude(&vmcs, &raw, code))
+        stop.exit = self.conclude(&vmcs, &raw, code);
+        stop.rip = self.registers.rip;
+        Ok(())
     }
 
     /// Derives the hardware's control registers and writes those that changed.
@@ -105,6 +110,12 @@ impl VmxVcpu {
                 vmcs.write(fields::ENTRY_CONTROLS, value);
             });
             self.written.entry = entry;
+        }
+        // CR0 has no other bits that a rule combines with anything.
+        let combined = (old.cr0 ^ new.cr0) & Cr0Flags::PROTECTED_MODE_ENABLE.bits();
+        if combined != 0 || old.efer != new.efer || new.cr4 & !self.written.checked_cr4 != 0 {
+            self.pending.insert(Pending::CHECK);
+            self.written.checked_cr4 |= new.cr4;
         }
         if (old.cr4 ^ new.cr4) & !paging::CR4_GUEST_OWNED != 0 || old.efer != new.efer {
             self.pending.insert(Pending::FLUSH);
@@ -334,6 +345,8 @@ impl VmxVcpu {
     #[inline]
     fn note(&mut self, exit: Exit) -> Exit {
         match exit {
+            // SAFETY: the host's tables are in place again; it takes its interrupt here.
+            Exit::HostInterrupt => unsafe { asm!("sti", "nop", "cli") },
             Exit::InterruptWindow => self.pending.remove(Pending::WINDOW),
             Exit::TimeSliceEnd => {
                 // SAFETY: every processor with VMX has the counter.

@@ -122,24 +122,40 @@ pub struct InvalidAccess;
 
 /// 256 bits, one for each vector.
 #[derive(Clone, Copy, Debug, Default)]
-struct VectorSet([u32; 8]);
+struct VectorSet {
+    words: [u32; 8],
+    /// Which words are not zero, one bit each: the highest vector is asked for after each access.
+    used: u8,
+}
 
 impl VectorSet {
+    const EMPTY: Self = Self {
+        words: [0; 8],
+        used: 0,
+    };
+
     fn insert(&mut self, vector: u8) {
-        self.0[usize::from(vector / 32)] |= 1 << (vector % 32);
+        let word = usize::from(vector / 32);
+        self.words[word] |= 1 << (vector % 32);
+        self.used |= 1 << word;
     }
 
     fn remove(&mut self, vector: u8) {
-        self.0[usize::from(vector / 32)] &= !(1 << (vector % 32));
+        let word = usize::from(vector / 32);
+        self.words[word] &= !(1 << (vector % 32));
+        if self.words[word] == 0 {
+            self.used &= !(1 << word);
+        }
     }
 
     fn contains(&self, vector: u8) -> bool {
-        self.0[usize::from(vector / 32)] & 1 << (vector % 32) != 0
+        self.words[usize::from(vector / 32)] & 1 << (vector % 32) != 0
     }
 
     fn highest(&self) -> Option<u8> {
-        let word = self.0.iter().rposition(|&word| word != 0)?;
-        Some((32 * word as u32 + self.0[word].ilog2()) as u8)
+        let word = self.used.checked_ilog2()?;
+        let bit = self.words[word as usize].checked_ilog2()?;
+        Some((32 * word + bit) as u8)
     }
 }
 
@@ -195,9 +211,9 @@ impl LocalApic {
             logical_destination: 0,
             destination_format: u32::MAX,
             spurious: 0xff,
-            in_service: VectorSet([0; 8]),
-            level_triggered: VectorSet([0; 8]),
-            requests: VectorSet([0; 8]),
+            in_service: VectorSet::EMPTY,
+            level_triggered: VectorSet::EMPTY,
+            requests: VectorSet::EMPTY,
             error_status: 0,
             new_errors: 0,
             command: 0,
@@ -284,6 +300,11 @@ impl LocalApic {
         self.requests.contains(vector)
     }
 
+    /// Whether [`LocalApic::take_nmi`] has one to take.
+    pub const fn has_nmi(&self) -> bool {
+        self.nmi
+    }
+
     /// Whether an NMI came since the last call.
     pub fn take_nmi(&mut self) -> bool {
         core::mem::take(&mut self.nmi)
@@ -335,6 +356,23 @@ impl LocalApic {
             // external interrupts come by their own wire.
             _ => {}
         }
+    }
+
+    /// Whether reading or writing a register depends on the time, or can change when the timer fires
+    /// or whether anybody notices.
+    pub const fn tells_time(number: u16) -> bool {
+        !matches!(
+            number,
+            register::ID
+                | register::VERSION
+                | register::TASK_PRIORITY
+                | register::END_OF_INTERRUPT
+                | register::LOGICAL_DESTINATION
+                | register::DESTINATION_FORMAT
+                | register::COMMAND
+                | register::COMMAND_HIGH
+                | register::SELF_IPI
+        )
     }
 
     /// Reads memory in the register page at `offset`. Registers are 32 bits at multiples of 16.
@@ -462,13 +500,13 @@ impl LocalApic {
             register::LOGICAL_DESTINATION => self.logical_destination,
             register::SPURIOUS => self.spurious,
             register::IN_SERVICE..=register::IN_SERVICE_LAST => {
-                self.in_service.0[usize::from(number - register::IN_SERVICE)]
+                self.in_service.words[usize::from(number - register::IN_SERVICE)]
             }
             register::TRIGGER_MODE..=register::TRIGGER_MODE_LAST => {
-                self.level_triggered.0[usize::from(number - register::TRIGGER_MODE)]
+                self.level_triggered.words[usize::from(number - register::TRIGGER_MODE)]
             }
             register::REQUEST..=register::REQUEST_LAST => {
-                self.requests.0[usize::from(number - register::REQUEST)]
+                self.requests.words[usize::from(number - register::REQUEST)]
             }
             register::ERROR_STATUS => self.error_status,
             register::LVT_TIMER..=register::LVT_ERROR => {

@@ -106,6 +106,9 @@ impl Chip {
 
     /// The highest-priority input among `inputs`.
     fn highest(&self, inputs: u8) -> Option<u8> {
+        if inputs == 0 {
+            return None;
+        }
         (1..=8)
             .map(|distance| (self.lowest_priority + distance) & 7)
             .find(|input| inputs & (1 << input) != 0)
@@ -285,6 +288,11 @@ impl Pic {
             8..16 => self.slave.requests & (1 << (irq - 8)) != 0,
             _ => false,
         }
+    }
+
+    /// Both interrupt masks.
+    pub const fn masks(&self) -> [u8; 2] {
+        [self.master.mask, self.slave.mask]
     }
 
     /// Whether requests of `irq` can reach the processor.

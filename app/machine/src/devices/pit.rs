@@ -433,6 +433,11 @@ impl Pit {
         self.channels[2].settle(after);
     }
 
+    /// Whether [`Pit::take_rise`] has one to take.
+    pub const fn has_rises(&self) -> bool {
+        self.rises != 0
+    }
+
     /// Takes one of the rises of channel 0's output, if there were any: an edge of its interrupt line,
     /// which may have fallen again.
     pub const fn take_rise(&mut self) -> bool {

@@ -4,7 +4,7 @@
 //! masked takes it. The pair's output reaches the processor through LINT0 of the local APIC or input 0
 //! of the I/O APIC, and straight if the local APIC is disabled.
 
-use super::{Machine, Shutdown};
+use super::{Attention, Machine, Shutdown, Timers};
 use crate::devices::{
     Level, io_apic, local_apic, pic, pit, power_management, rtc, serial, test_device,
 };
@@ -15,7 +15,9 @@ impl Machine {
     /// Lets time pass up to `now`; an earlier time than the last is that of the last.
     pub fn advance(&mut self, now: GuestTime) {
         self.now = self.now.max(now);
+        self.timers = Timers::Touched;
         self.pit.advance(self.now);
+        self.pit_output = self.pit.output();
         self.rtc.advance(self.now);
         self.power_management.advance(self.now);
         self.local_apic.advance(self.now);
@@ -45,8 +47,8 @@ impl Machine {
     }
 
     /// Whether an interrupt waits for the guest.
-    pub fn pending_interrupt(&self) -> bool {
-        self.external_interrupt() || self.local_apic.pending().is_some()
+    pub const fn pending_interrupt(&self) -> bool {
+        self.interrupt_pending
     }
 
     /// Hands the interrupt over: the vector that the guest takes now.
@@ -56,13 +58,17 @@ impl Machine {
         } else {
             self.local_apic.acknowledge()
         };
-        self.update_lines();
+        self.update_controllers();
         vector
     }
 
     /// Whether a non-maskable interrupt came since the last call.
     pub fn take_nmi(&mut self) -> bool {
-        self.local_apic.take_nmi()
+        let nmi = self.local_apic.take_nmi();
+        if nmi {
+            self.update_attention();
+        }
+        nmi
     }
 
     /// CR8 as the guest reads it: the local APIC's task priority.
@@ -71,27 +77,54 @@ impl Machine {
     }
 
     /// MOV to CR8; bits above the fourth were refused before.
-    pub const fn set_task_priority(&mut self, cr8: u64) {
+    pub fn set_task_priority(&mut self, cr8: u64) {
         self.local_apic.set_task_priority_class((cr8 & 0xf) as u8);
+        self.update_attention();
     }
 
-    /// Carries the devices' outputs to the interrupt controllers.
+    /// Finds out anew whether anything waits for the run loop. Whatever can change that ends here.
+    pub(super) fn update_attention(&mut self) {
+        self.interrupt_pending = self.external_interrupt() || self.local_apic.pending().is_some();
+        let wanted = self.interrupt_pending || self.shutdown.is_some() || self.local_apic.has_nmi();
+        self.attention = if wanted {
+            Attention::Wanted
+        } else {
+            Attention::NotWanted
+        };
+    }
+
+    /// Carries the devices' outputs to the interrupt controllers, and theirs to the processor.
     pub(super) fn update_lines(&mut self) {
         self.deliver_tick();
         for (irq, level) in [
-            (pit::IRQ, self.pit.output()),
+            (pit::IRQ, self.pit_output),
             (serial::IRQ, self.serial.interrupt()),
             (rtc::IRQ, self.rtc.interrupt()),
             (power_management::IRQ, self.power_management.interrupt()),
         ] {
             let level = Level::high_if(level.is_high() || self.test_line(irq).is_high());
-            self.set_line(irq, level);
+            // The controllers only look at changes: most accesses change no line.
+            if (self.high_lines >> irq & 1 != 0) != level.is_high() {
+                self.set_line(irq, level);
+            }
         }
         self.update_test_lines();
+        self.update_processor();
+    }
+
+    /// Carries the interrupt controllers' outputs to the processor: all there is to do after an access
+    /// to one of them, which changes no device's output.
+    pub(super) fn update_controllers(&mut self) {
+        self.deliver_tick();
+        self.update_processor();
+    }
+
+    fn update_processor(&mut self) {
         if self.local_apic.take_init() {
             // Nobody could start the only processor again.
             self.end(Some(Shutdown::Reset));
         }
+        self.update_attention();
     }
 
     fn test_line(&self, irq: u8) -> Level {
@@ -121,7 +154,7 @@ impl Machine {
     /// Passes a rise of the interval timer's output on. Guests count time by these ticks, and a host
     /// that pauses lets several come due at once, so each waits until the last was taken.
     fn deliver_tick(&mut self) {
-        if self.is_tick_waiting() || !self.pit.take_rise() {
+        if !self.pit.has_rises() || self.is_tick_waiting() || !self.pit.take_rise() {
             return;
         }
         if !self.is_unmasked(pit::IRQ) {
@@ -147,6 +180,12 @@ impl Machine {
     }
 
     fn set_line(&mut self, irq: u8, level: Level) {
+        let bit = 1 << irq;
+        self.high_lines = if level.is_high() {
+            self.high_lines | bit
+        } else {
+            self.high_lines & !bit
+        };
         self.pic.set_line(irq, level);
         let message = self.io_apic.set_line(io_apic_input(irq), level);
         self.send(message);

@@ -3,9 +3,9 @@
 
 use umbra_vcpu::address::Gpa;
 
-use super::{Machine, NoDevice};
+use super::{Machine, NoDevice, Timers};
 use crate::access_log::Sighting;
-use crate::devices::local_apic::ApicEffect;
+use crate::devices::local_apic::{ApicEffect, LocalApic};
 use crate::devices::{io_apic, test_device};
 use crate::processor::msr::ApicMode;
 
@@ -32,6 +32,7 @@ impl Machine {
         match device {
             MemoryDevice::LocalApic(offset) => {
                 self.local_apic.read_memory(offset, &mut bytes[..inside]);
+                self.update_attention();
             }
             MemoryDevice::IoApic(offset) => {
                 self.io_apic.read_memory(offset, &mut bytes[..inside]);
@@ -45,6 +46,13 @@ impl Machine {
         Ok(())
     }
 
+    /// Whether an access at `address` depends on the time, so that the machine must be advanced
+    /// before it.
+    pub fn tells_time_at(&self, address: Gpa) -> bool {
+        address.page_base() == self.msrs.apic_base().page()
+            && LocalApic::tells_time((address.page_offset() >> 4) as u16)
+    }
+
     /// Writes `bytes` to device memory at `address`; what lies beyond the device's page vanishes.
     ///
     /// # Errors
@@ -54,10 +62,14 @@ impl Machine {
         let bytes = &bytes[..inside_page(address, bytes.len())];
         match device {
             MemoryDevice::LocalApic(offset) => {
+                if LocalApic::tells_time((offset >> 4) as u16) {
+                    self.timers = Timers::Touched;
+                }
                 let effect = self.local_apic.write_memory(offset, bytes);
                 self.apply(effect);
             }
             MemoryDevice::IoApic(offset) => {
+                self.timers = Timers::Touched;
                 let message = self.io_apic.write_memory(offset, bytes);
                 self.send(message);
             }

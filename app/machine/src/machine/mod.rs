@@ -13,7 +13,6 @@ use umbra_vcpu::address::Gpa;
 use umbra_vcpu::exit::IoWidth;
 
 use crate::access_log::{AccessLog, Sighting};
-use crate::devices::debug_exit;
 use crate::devices::fw_cfg::{self, FwCfg};
 use crate::devices::io_apic::IoApic;
 use crate::devices::keyboard::{self, KeyboardReset};
@@ -26,6 +25,7 @@ use crate::devices::reset_control::{self, ResetControl};
 use crate::devices::rtc::{self, Rtc};
 use crate::devices::serial::{self, Serial};
 use crate::devices::test_device::{self, Effect, TestDevice};
+use crate::devices::{Level, debug_exit};
 use crate::processor::features::GuestFeatures;
 use crate::processor::msr::Msrs;
 use crate::processor::paravirtual::{MemoryWrite, Paravirtual};
@@ -86,9 +86,34 @@ pub struct Machine {
     keyboard: KeyboardReset,
     test_device: Option<TestDevice>,
     page_flush: Option<Gpa>,
+    /// The interval timer's output since it last changed: it takes a division to ask for.
+    pit_output: Level,
+    /// The ISA lines that are high at the interrupt controllers, one bit each.
+    high_lines: u16,
+    interrupt_pending: bool,
+    attention: Attention,
+    timers: Timers,
     unknown_ports: AccessLog<u16>,
     unknown_addresses: AccessLog<Gpa>,
     unknown_msrs: AccessLog<u32>,
+}
+
+/// Whether the run loop has to look at the machine before the guest goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Attention {
+    /// An interrupt or an NMI waits for the guest, or the guest has ended itself.
+    Wanted,
+    /// Nothing waits.
+    NotWanted,
+}
+
+/// Whether the machine's next deadline may have changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Timers {
+    /// It may have.
+    Touched,
+    /// It is as it was.
+    Untouched,
 }
 
 /// Who answers at a port.
@@ -161,6 +186,11 @@ impl Machine {
             keyboard: KeyboardReset::default(),
             test_device: None,
             page_flush: None,
+            pit_output: Pit::default().output(),
+            high_lines: 0,
+            interrupt_pending: false,
+            attention: Attention::NotWanted,
+            timers: Timers::Touched,
             unknown_ports: AccessLog::new(),
             unknown_addresses: AccessLog::new(),
             unknown_msrs: AccessLog::new(),
@@ -204,7 +234,40 @@ impl Machine {
 
     /// How the guest ended itself, if it did since the last call.
     pub fn take_shutdown(&mut self) -> Option<Shutdown> {
-        self.shutdown.take()
+        let shutdown = self.shutdown.take()?;
+        self.update_attention();
+        Some(shutdown)
+    }
+
+    /// Whether anything waits for the run loop. Asking costs nothing.
+    #[inline]
+    pub const fn attention(&self) -> Attention {
+        self.attention
+    }
+
+    /// Whether the next deadline may have changed since the last call.
+    #[inline]
+    pub const fn take_timers(&mut self) -> Timers {
+        core::mem::replace(&mut self.timers, Timers::Untouched)
+    }
+
+    /// Whether an access to `width` at `port` depends on the time, so that the machine must be
+    /// advanced before it.
+    pub fn tells_time(port: u16, width: IoWidth) -> bool {
+        let tells = |port| {
+            matches!(
+                port,
+                pit::PORT
+                    ..=pit::CONTROL_PORT
+                        | pit::SYSTEM_CONTROL_PORT
+                        | rtc::INDEX_PORT
+                        | rtc::DATA_PORT
+            ) || power_management::owns(port)
+        };
+        match width {
+            IoWidth::Byte => tells(port),
+            IoWidth::Word | IoWidth::DoubleWord => ports(port, width).flatten().any(tells),
+        }
     }
 
     /// Lets all serial output out that was held back.
@@ -224,6 +287,13 @@ impl Machine {
             && test_device::owns(port)
         {
             return device.read_port(port, width);
+        }
+        if width == IoWidth::Byte
+            && let Some(device) = device_at(port)
+        {
+            let value = self.read_byte(device, port);
+            self.update_after(device);
+            return value.into();
         }
         if ports(port, width).all(|port| port.and_then(device_at).is_none()) {
             self.log_unknown_port(port, width);
@@ -256,6 +326,12 @@ impl Machine {
                 Effect::FlushPage(page) => self.page_flush = Some(page),
             }
             return self.update_lines();
+        }
+        if width == IoWidth::Byte
+            && let Some(device) = device_at(port)
+        {
+            self.write_byte(device, port, value as u8);
+            return self.update_after(device);
         }
         if ports(port, width).all(|port| port.and_then(device_at).is_none()) {
             self.log_unknown_port(port, width);
@@ -311,7 +387,11 @@ impl Machine {
             PortDevice::Pit => self.pit.read(port),
             PortDevice::SystemControl => self.pit.read_system_control(),
             // The index cannot be read.
-            PortDevice::Rtc if port == rtc::DATA_PORT => self.rtc.read(),
+            PortDevice::Rtc if port == rtc::DATA_PORT => {
+                // Reading the flags clears them.
+                self.timers = Timers::Touched;
+                self.rtc.read()
+            }
             PortDevice::PowerManagement => self.power_management.read(port),
             PortDevice::Serial => self.serial.read(port - serial::PORT),
             PortDevice::DebugExit => 0,
@@ -326,12 +406,26 @@ impl Machine {
 
     fn write_byte(&mut self, device: PortDevice, port: u16, value: u8) {
         match device {
-            PortDevice::Pic => self.pic.write(port, value),
-            PortDevice::Pit => self.pit.write(port, value),
+            PortDevice::Pic => {
+                let masks = self.pic.masks();
+                self.pic.write(port, value);
+                if self.pic.masks() != masks {
+                    self.timers = Timers::Touched;
+                }
+            }
+            PortDevice::Pit => {
+                self.timers = Timers::Touched;
+                self.pit.write(port, value);
+                self.pit_output = self.pit.output();
+            }
             PortDevice::SystemControl => self.pit.write_system_control(value),
             PortDevice::Rtc if port == rtc::INDEX_PORT => self.rtc.select(value),
-            PortDevice::Rtc => self.rtc.write(value),
+            PortDevice::Rtc => {
+                self.timers = Timers::Touched;
+                self.rtc.write(value);
+            }
             PortDevice::PowerManagement => {
+                self.timers = Timers::Touched;
                 let shutdown = self.power_management.write(port, value);
                 self.end(shutdown);
             }
@@ -359,9 +453,29 @@ impl Machine {
         }
     }
 
+    /// Carries on what an access to a device can have changed.
+    fn update_after(&mut self, device: PortDevice) {
+        match device {
+            PortDevice::Pic => self.update_controllers(),
+            PortDevice::Pit
+            | PortDevice::Rtc
+            | PortDevice::PowerManagement
+            | PortDevice::Serial => self.update_lines(),
+            // These have no line; how they end the guest is noted at once.
+            PortDevice::SystemControl
+            | PortDevice::DebugExit
+            | PortDevice::FwCfg
+            | PortDevice::ResetControl
+            | PortDevice::PciAddress
+            | PortDevice::PciData
+            | PortDevice::Keyboard => {}
+        }
+    }
+
     /// Remembers the first way in which the guest ended itself.
     fn end(&mut self, shutdown: Option<Shutdown>) {
         self.shutdown = self.shutdown.or(shutdown);
+        self.update_attention();
     }
 
     fn log_unknown_port(&mut self, port: u16, width: IoWidth) {

@@ -4,6 +4,7 @@ use umbra_vcpu::event::Exception;
 
 use super::Machine;
 use crate::access_log::Sighting;
+use crate::devices::local_apic::LocalApic;
 use crate::processor::features::Features;
 use crate::processor::msr::{ApicMode, MsrAccess, MsrContext, MsrEffect, index};
 use crate::processor::paravirtual::Paravirtual;
@@ -21,10 +22,13 @@ impl Machine {
                 Ok(self.local_apic.tsc_deadline())
             }
             index::X2APIC_FIRST..=index::X2APIC_LAST if self.is_x2apic() => {
-                self.advance_to(context);
-                self.local_apic
-                    .read_msr((number - index::X2APIC_FIRST) as u16)
-                    .map_err(|_| MsrAccess::Refused)
+                let register = (number - index::X2APIC_FIRST) as u16;
+                if LocalApic::tells_time(register) {
+                    self.advance_to(context);
+                }
+                let value = self.local_apic.read_msr(register);
+                self.update_attention();
+                value.map_err(|_| MsrAccess::Refused)
             }
             _ if Paravirtual::has(number) => self.paravirtual.read(number),
             _ => self.msrs.read(number, context),
@@ -49,8 +53,10 @@ impl Machine {
                 Ok(MsrEffect::None)
             }
             index::X2APIC_FIRST..=index::X2APIC_LAST if self.is_x2apic() => {
-                self.advance_to(context);
                 let register = (number - index::X2APIC_FIRST) as u16;
+                if LocalApic::tells_time(register) {
+                    self.advance_to(context);
+                }
                 match self.local_apic.write_msr(register, value) {
                     Ok(effect) => {
                         self.apply(effect);
@@ -59,11 +65,16 @@ impl Machine {
                     Err(_) => Err(MsrAccess::Refused),
                 }
             }
-            _ if Paravirtual::has(number) => self
-                .paravirtual
-                .write(number, value)
-                .map(|()| MsrEffect::None),
-            _ => self.msrs.write(number, value, context),
+            _ if Paravirtual::has(number) => {
+                self.advance_to(context);
+                self.paravirtual
+                    .write(number, value)
+                    .map(|()| MsrEffect::None)
+            }
+            _ => {
+                self.advance_to(context);
+                self.msrs.write(number, value, context)
+            }
         };
         match result {
             Ok(MsrEffect::ApicMode(mode)) => self.local_apic.set_mode(mode),
@@ -74,11 +85,12 @@ impl Machine {
             }
             _ => {}
         }
-        self.update_lines();
+        self.update_controllers();
         result.map_err(|error| self.msr_exception(number, error))
     }
 
-    /// Lets time pass up to the moment of an access that devices see.
+    /// Lets time pass up to the moment of an access that devices see. Every other write may change
+    /// what the guest's clocks show, so it comes at its time, too.
     fn advance_to(&mut self, context: &MsrContext<'_>) {
         self.advance(self.time_base.time_at(context.host_counter));
     }

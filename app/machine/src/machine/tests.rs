@@ -45,7 +45,7 @@ fn machine_with(console: Console) -> Machine {
 
 fn context(host_counter: u64) -> MsrContext<'static> {
     MsrContext {
-        control: &control::RESET,
+        control: &|| control::RESET,
         hardware: &|_| None,
         host_counter,
     }

@@ -175,26 +175,27 @@ impl CpuidPolicy {
         &self.features
     }
 
-    /// Answers CPUID with `leaf` in EAX and `subleaf` in ECX.
+    /// Answers CPUID with `leaf` in EAX and `subleaf` in ECX. Few leaves ask for the guest's control
+    /// registers, which cost some processors a while.
     pub fn query(
         &self,
         host: &dyn Fn(u32, u32) -> CpuidResult,
         leaf: u32,
         subleaf: u32,
-        control: &ControlRegisters,
+        control: &dyn Fn() -> ControlRegisters,
         apic_base: ApicBase,
     ) -> CpuidResult {
-        let mut result = self.answer(host, leaf, subleaf, control.xcr0);
+        let mut result = self.answer(host, leaf, subleaf, &|| control().xcr0);
         match leaf {
             1 => {
-                if control.cr4 & Cr4Flags::OSXSAVE.bits() != 0 {
+                if control().cr4 & Cr4Flags::OSXSAVE.bits() != 0 {
                     result.ecx |= LEAF_1_ECX_OSXSAVE;
                 }
                 if !apic_base.is_enabled() {
                     result.edx &= !LEAF_1_EDX_APIC;
                 }
             }
-            7 if subleaf == 0 && control.cr4 & Cr4Flags::PROTECTION_KEY_USER.bits() != 0 => {
+            7 if subleaf == 0 && control().cr4 & Cr4Flags::PROTECTION_KEY_USER.bits() != 0 => {
                 result.ecx |= LEAF_7_ECX_OSPKE;
             }
             0x8000_0001 if !apic_base.is_enabled() => result.edx &= !LEAF_1_EDX_APIC,
@@ -208,7 +209,7 @@ impl CpuidPolicy {
         host: &dyn Fn(u32, u32) -> CpuidResult,
         leaf: u32,
         subleaf: u32,
-        xcr0: u64,
+        xcr0: &dyn Fn() -> u64,
     ) -> CpuidResult {
         match leaf {
             HYPERVISOR_LEAF => hypervisor_leaf(),
@@ -231,7 +232,7 @@ impl CpuidPolicy {
         host: &dyn Fn(u32, u32) -> CpuidResult,
         leaf: u32,
         subleaf: u32,
-        xcr0: u64,
+        xcr0: &dyn Fn() -> u64,
     ) -> CpuidResult {
         match leaf {
             1 => self.leaf_1(host(1, 0)),
@@ -250,7 +251,7 @@ impl CpuidPolicy {
             },
             7 => self.leaf_7(host, subleaf),
             0xb => topology(subleaf),
-            0xd => self.leaf_d(host, subleaf, xcr0),
+            0xd => self.leaf_d(host, subleaf, xcr0()),
             _ => NOTHING,
         }
     }
@@ -465,9 +466,9 @@ impl CpuidPolicy {
     }
 
     fn shown_features(&self, host: &dyn Fn(u32, u32) -> CpuidResult) -> Features {
-        let leaf_1 = self.answer(host, 1, 0, 0);
-        let leaf_7 = self.answer(host, 7, 0, 0);
-        let extended_1 = self.answer(host, 0x8000_0001, 0, 0);
+        let leaf_1 = self.answer(host, 1, 0, &|| 0);
+        let leaf_7 = self.answer(host, 7, 0, &|| 0);
+        let extended_1 = self.answer(host, 0x8000_0001, 0, &|| 0);
         let table = [
             (Features::VME, leaf_1.edx, 1),
             (Features::DE, leaf_1.edx, 2),
@@ -644,7 +645,7 @@ mod tests {
 
     fn query(leaf: u32, subleaf: u32) -> CpuidResult {
         let policy = CpuidPolicy::new(&everything, &LIMITS);
-        policy.query(&everything, leaf, subleaf, &CONTROL, ApicBase::default())
+        policy.query(&everything, leaf, subleaf, &|| CONTROL, ApicBase::default())
     }
 
     #[test]
@@ -701,16 +702,16 @@ mod tests {
             cr4: 1 << 18 | 1 << 22,
             ..CONTROL
         };
-        let ospke = |control, subleaf| {
-            let leaf = policy.query(&everything, 7, subleaf, control, ApicBase::default());
+        let ospke = |control: &ControlRegisters, subleaf| {
+            let leaf = policy.query(&everything, 7, subleaf, &|| *control, ApicBase::default());
             leaf.ecx & LEAF_7_ECX_OSPKE != 0
         };
         assert!(ospke(&control, 0) && !ospke(&control, 1) && !ospke(&CONTROL, 0));
-        let leaf = policy.query(&everything, 1, 0, &control, ApicBase::default());
+        let leaf = policy.query(&everything, 1, 0, &|| control, ApicBase::default());
         assert_ne!(leaf.ecx & LEAF_1_ECX_OSXSAVE, 0);
         assert_ne!(leaf.edx & LEAF_1_EDX_APIC, 0);
         let disabled = ApicBase::default().disabled();
-        let leaf = policy.query(&everything, 1, 0, &CONTROL, disabled);
+        let leaf = policy.query(&everything, 1, 0, &|| CONTROL, disabled);
         assert_eq!(leaf.edx & LEAF_1_EDX_APIC, 0);
     }
 
@@ -732,8 +733,9 @@ mod tests {
             unsupported: Features::RDTSCP | Features::PKU | Features::UMIP,
         };
         let policy = CpuidPolicy::new(&everything, &limits);
-        let query =
-            |leaf, subleaf| policy.query(&everything, leaf, subleaf, &CONTROL, ApicBase::default());
+        let query = |leaf, subleaf| {
+            policy.query(&everything, leaf, subleaf, &|| CONTROL, ApicBase::default())
+        };
         assert!(!policy.features().has(Features::RDTSCP));
         assert!(!policy.features().has(Features::XSAVE));
         assert_eq!(query(0x8000_0001, 0).edx & EXTENDED_1_EDX_RDTSCP, 0);
@@ -750,7 +752,7 @@ mod tests {
         let sizes = |xcr0| {
             let control = ControlRegisters { xcr0, ..CONTROL };
             let leaf =
-                |subleaf| policy.query(&everything, 0xd, subleaf, &control, ApicBase::default());
+                |subleaf| policy.query(&everything, 0xd, subleaf, &|| control, ApicBase::default());
             (leaf(0).ebx, leaf(0).ecx, leaf(1).ebx)
         };
         assert_eq!(query(0xd, 0).eax, 0xe7);
@@ -780,7 +782,7 @@ mod tests {
         assert!(!policy.features().has(Features::NX));
         assert!(!policy.features().has(Features::LONG_MODE));
         assert!(!policy.features().has(Features::SYSCALL));
-        let answer = policy.query(&old, 0x8000_0000, 0, &CONTROL, ApicBase::default());
+        let answer = policy.query(&old, 0x8000_0000, 0, &|| CONTROL, ApicBase::default());
         assert_eq!(answer, NOTHING);
     }
 }

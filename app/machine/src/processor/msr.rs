@@ -157,8 +157,8 @@ impl Default for ApicBase {
 
 /// What the run loop knows and the registers depend on.
 pub struct MsrContext<'a> {
-    /// The guest's control registers.
-    pub control: &'a ControlRegisters,
+    /// Reads the guest's control registers.
+    pub control: &'a dyn Fn() -> ControlRegisters,
     /// Reads a register that the driver holds, as [`umbra_vcpu::Vcpu::hardware_msr`] does.
     pub hardware: &'a dyn Fn(u32) -> Option<u64>,
     /// The host's time-stamp counter now.
@@ -265,7 +265,7 @@ impl Msrs {
             // No AMD processor has it, but KVM gives it to every guest.
             index::MISC_ENABLE => self.misc_enable,
             index::PAT => self.pat,
-            index::EFER => context.control.efer,
+            index::EFER => (context.control)().efer,
             index::AMD_SYSCFG if !intel => self.amd_syscfg,
             index::AMD_HWCR if !intel => self.amd_hwcr,
             index::AMD_NB_CFG if !intel => self.amd_nb_cfg,
@@ -336,7 +336,7 @@ impl Msrs {
             }
             index::EFER => {
                 return Ok(MsrEffect::ControlRegisters(control::write_efer(
-                    context.control,
+                    &(context.control)(),
                     value,
                     &self.features,
                 )?));
@@ -416,7 +416,7 @@ mod tests {
 
     fn context(host_counter: u64) -> MsrContext<'static> {
         MsrContext {
-            control: &control::RESET,
+            control: &|| control::RESET,
             hardware: &hardware,
             host_counter,
         }

@@ -385,6 +385,42 @@ pub fn wrpkru(ecx: u32, edx: u32, rights: u32) {
     }
 }
 
+/// The instruction that calls a hypervisor.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Hypercall {
+    /// VMCALL, on Intel processors.
+    Vmcall,
+    /// VMMCALL, on AMD processors.
+    Vmmcall,
+}
+
+impl Hypercall {
+    /// The one that this processor has.
+    pub fn of_processor() -> Self {
+        let vendor = cpuid(0, 0);
+        if [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes)
+            == [*b"Auth", *b"enti", *b"cAMD"]
+        {
+            Self::Vmmcall
+        } else {
+            Self::Vmcall
+        }
+    }
+
+    /// Calls the hypervisor with this number, without arguments, and returns its answer.
+    pub fn call(self, number: usize) -> usize {
+        let mut value = number;
+        // SAFETY: a call without arguments touches no memory of ours.
+        unsafe {
+            match self {
+                Self::Vmcall => asm!("vmcall", inout("eax") value, options(nostack)),
+                Self::Vmmcall => asm!("vmmcall", inout("eax") value, options(nostack)),
+            }
+        }
+        value
+    }
+}
+
 /// UD2.
 pub fn undefined() {
     // SAFETY: it raises #UD and changes nothing.

@@ -10,6 +10,7 @@ use core::arch::asm;
 use crate::cpu::{cpuid, inb, msr, outb, rdmsr, rdtsc, read_cr3, wrmsr};
 use crate::memory::{PhysAddr, peek, poke};
 use crate::paging::space::take_frame;
+use crate::tables;
 use crate::trap::{Disposition, Frame, Global, Trap, with_hook};
 
 /// Registers of the local APIC: the MSR number less 0x800, the offset in the page divided by 16.
@@ -273,6 +274,30 @@ pub fn write_cr8(value: u64) {
 pub fn wait() {
     // SAFETY: the handler of `counting` keeps all registers; nothing else runs.
     unsafe { asm!("sti", "hlt", "cli") };
+}
+
+core::arch::global_asm!(
+    "guest_end_interrupt:",
+    "push rax",
+    "push rcx",
+    "push rdx",
+    "mov ecx, 0x80b",
+    "xor eax, eax",
+    "xor edx, edx",
+    "wrmsr",
+    "pop rdx",
+    "pop rcx",
+    "pop rax",
+    "iretq",
+);
+
+unsafe extern "C" {
+    static guest_end_interrupt: u8;
+}
+
+/// Makes interrupts with this vector end at once, in x2APIC mode, without being counted.
+pub fn end_at_once(vector: u8) {
+    tables::set_interrupt_gate(vector, (&raw const guest_end_interrupt) as usize);
 }
 
 /// Lets in what waits already.

@@ -238,6 +238,11 @@ pub fn ignore_interrupts() {
     }
 }
 
+/// Makes interrupts with vector `number` enter the code at `target`.
+pub fn set_interrupt_gate(number: u8, target: usize) {
+    write_gate(number, target, 0, GateStack::Ordinary);
+}
+
 /// Makes vector `number` enter the stub of vector `stub`, from rings up to `privilege`.
 pub fn set_gate(number: u8, stub: u8, privilege: u8, stack: GateStack) {
     let target = (&raw const guest_trap_stubs) as usize + usize::from(stub) * 16;
