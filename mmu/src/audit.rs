@@ -210,6 +210,12 @@ impl<H: Host> Core<'_, H> {
                 }
             }
         }
+        ensure!(
+            self.state.pinned == counts.len(),
+            "{} pinned pages, {} counted",
+            counts.len(),
+            self.state.pinned
+        );
         for id in self.state.pages.ids() {
             let (have, want) = (
                 self.state.pages[id].root_count,

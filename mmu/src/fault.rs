@@ -451,17 +451,11 @@ impl<H: Host> Core<'_, H> {
 
     /// The error of a VM that gets no more pages.
     pub fn no_page_available(&self, needed: usize) -> NoPageAvailable {
-        let pinned = self
-            .state
-            .pages
-            .ids()
-            .filter(|id| self.state.pages[*id].root_count > 0)
-            .count();
         NoPageAvailable {
             needed,
             used: self.state.used,
             limit: self.state.limit.min(self.budget.limit()),
-            pinned,
+            pinned: self.state.pinned,
         }
     }
 }

@@ -39,7 +39,7 @@ use umbra_vcpu::address::{Gfn, Gpa, Gva, Hpa};
 pub struct Mmu<H: Host> {
     host: H,
     config: MmuConfig,
-    budget: Arc<Budget>,
+    pub(crate) budget: Arc<Budget>,
     /// The other MMUs under the same total limit.
     members: Option<Weak<Members<H>>>,
     root_epoch: AtomicU64,
@@ -148,6 +148,9 @@ const ROOT: Needs = Needs {
 const MOST_PAGES: usize = 4;
 const _: () = assert!(FAULT_PAGES <= MOST_PAGES && ROOT_PAGES <= MOST_PAGES);
 
+/// How often an operation is tried while other VMs, too, take what comes free.
+const ATTEMPTS: usize = 4;
+
 /// Pages' worth of memory that is fetched beyond what is needed, if it is to be had, once any must be.
 const SPARE_PAGES: usize = CACHED - MOST_PAGES;
 
@@ -218,6 +221,7 @@ impl<H: Host> Mmu<H> {
             vcpus: Vec::new(),
             limit: config.limit.min(MAXIMUM_PAGES),
             used: 0,
+            pinned: 0,
             reserved: 0,
             generation: 0,
             mmio_generation: 0,
@@ -318,28 +322,28 @@ impl<H: Host> Mmu<H> {
         }
     }
 
-    /// Runs `work` with its memory at hand. If only the total limit is in the way, other VMs give
-    /// pages up, and it runs once more.
+    /// Runs `work` with its memory at hand. If only the total limit is in the way, all VMs give pages
+    /// up in proportion, and it runs again.
     fn with_relief<R>(
         &self,
         needs: Needs,
         work: impl Fn(&mut Core<'_, H>) -> Result<R, MmuError>,
     ) -> Result<R, MmuError> {
-        let result = self.run(self.topped_up(needs)?, &work);
-        let Err(MmuError::NoPageAvailable(report)) = &result else {
-            return result;
-        };
-        let members = self.members.as_ref().and_then(Weak::upgrade);
-        let own_limit_holds = report.used + report.needed <= self.limit();
-        let excess = self.budget.excess_with(report.needed);
-        match members {
-            // The total limit may have been lowered far below what all of them hold.
-            Some(members)
-                if own_limit_holds && (excess == 0 || members.relieve(self, excess) > 0) =>
-            {
-                self.run(self.topped_up(needs)?, &work)
+        let mut attempts = 0;
+        loop {
+            let result = self.run(self.topped_up(needs)?, &work);
+            let Err(MmuError::NoPageAvailable(report)) = &result else {
+                return result;
+            };
+            attempts += 1;
+            let own_limit_holds = report.used + report.needed <= self.limit();
+            let members = self.members.as_ref().and_then(Weak::upgrade);
+            let relieved = members
+                .filter(|_| own_limit_holds && attempts < ATTEMPTS)
+                .is_some_and(|members| members.relieve(self, report.needed));
+            if !relieved {
+                return result;
             }
-            _ => result,
         }
     }
 

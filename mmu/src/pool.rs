@@ -4,7 +4,7 @@
 //! its caller. So it only try-locks, counts what it had to skip, and never allocates.
 
 use crate::budget::Budget;
-use crate::config::{MINIMUM_PAGES, MmuConfig};
+use crate::config::{MINIMUM_PAGES, MmuConfig, REFILL_PAGES};
 use crate::host::Host;
 use crate::lock::{AtomicUsize, Mutex, Ordering};
 use crate::mmu::Mmu;
@@ -28,26 +28,69 @@ pub(crate) struct Members<H: Host> {
 }
 
 impl<H: Host> Members<H> {
-    /// Reclaims `wanted` pages from every VM but `asking`, for use under the common limit. Returns
-    /// how many came free. No lock may be held.
-    pub fn relieve(&self, asking: &Mmu<H>, wanted: usize) -> usize {
-        let Some(mmus) = self.mmus.try_lock() else {
-            return 0;
+    /// Reclaims pages for `asking`, which needs `needed` and is refused them by the common limit: from
+    /// every VM in proportion to what it holds above its floor, then from `asking`, then from whoever
+    /// has any. Whether they fit now. No lock may be held.
+    pub fn relieve(&self, asking: &Mmu<H>, needed: usize) -> bool {
+        let mmus = self.mmus.lock();
+        let rotation = self.next_rotation(&mmus);
+        let excess = |more| asking.budget.excess_with(more);
+        // Above their floors VMs give enough for a while, below no more than they must.
+        let refill = needed.max(REFILL_PAGES);
+        let shares = Shares {
+            wanted: excess(refill),
+            above: rotation.mmus().map(|mmu| above_floor(mmu.used())).sum(),
         };
-        let count = mmus.len();
-        let start = self.rotation.fetch_add(1, Ordering::Relaxed);
-        let mut freed = 0;
-        for step in 0..count {
-            let Some(mmu) = mmus[(start + step) % count].upgrade() else {
-                continue;
-            };
-            if freed < wanted && !core::ptr::eq(Arc::as_ptr(&mmu), asking) {
-                freed += mmu
-                    .try_locked(|core| core.recycle(wanted - freed))
-                    .unwrap_or(0);
-            }
+        for mmu in rotation.mmus() {
+            mmu.locked(|core| {
+                let share = shares.of(core.state.used).min(excess(refill));
+                core.recycle(share)
+            });
         }
-        freed
+        asking.locked(|core| core.recycle(excess(needed)));
+        for mmu in rotation.mmus() {
+            mmu.locked(|core| core.recycle(excess(needed)));
+        }
+        excess(needed) == 0
+    }
+
+    /// Each time another MMU is the first.
+    fn next_rotation<'a>(&self, mmus: &'a [Weak<Mmu<H>>]) -> Rotation<'a, H> {
+        let start = self.rotation.fetch_add(1, Ordering::Relaxed);
+        let (last, first) = mmus.split_at(start % mmus.len().max(1));
+        Rotation { first, last }
+    }
+}
+
+/// The MMUs in the order in which they are asked.
+struct Rotation<'a, H: Host> {
+    first: &'a [Weak<Mmu<H>>],
+    last: &'a [Weak<Mmu<H>>],
+}
+
+impl<H: Host> Rotation<'_, H> {
+    fn mmus(&self) -> impl Iterator<Item = Arc<Mmu<H>>> {
+        self.first.iter().chain(self.last).filter_map(Weak::upgrade)
+    }
+}
+
+/// What a VM that holds `used` pages can give without going below its floor.
+const fn above_floor(used: usize) -> usize {
+    used.saturating_sub(MINIMUM_PAGES)
+}
+
+/// How much each VM gives: in proportion to what it holds above its floor.
+#[derive(Clone, Copy)]
+struct Shares {
+    wanted: usize,
+    /// What all of them together hold above their floors.
+    above: usize,
+}
+
+impl Shares {
+    fn of(self, used: usize) -> usize {
+        let above = above_floor(used);
+        (self.wanted * above).div_ceil(self.above.max(1)).min(above)
     }
 }
 
@@ -106,7 +149,8 @@ impl<H: Host> MmuPool<H> {
         self.budget.limit()
     }
 
-    /// Changes the total limit. What exceeds it is recycled as VMs need pages, theirs or others'.
+    /// Changes the total limit. What exceeds it is recycled when a VM needs pages, from all VMs in
+    /// proportion to what they hold above their floors before anybody goes below.
     pub fn set_limit(&self, pages: usize) {
         self.budget.set_limit(pages);
     }
@@ -121,14 +165,11 @@ impl<H: Host> MmuPool<H> {
             };
         };
         let mut shrunk = Shrunk::default();
-        let count = members.len();
-        if count == 0 || wanted == 0 {
+        if wanted == 0 {
             return shrunk;
         }
-        let start = self.members.rotation.fetch_add(1, Ordering::Relaxed) % count;
-        let in_rotation =
-            || (0..count).filter_map(|step| members[(start + step) % count].upgrade());
-        for mmu in in_rotation() {
+        let rotation = self.members.next_rotation(&members);
+        for mmu in rotation.mmus() {
             let freed = mmu.try_locked(|core| {
                 core.state.counters.shrink_calls += 1;
                 let freed = if shrunk.freed < wanted {
@@ -144,24 +185,18 @@ impl<H: Host> MmuPool<H> {
                 None => shrunk.skipped += 1,
             }
         }
-        let spare: usize = in_rotation()
-            .filter_map(|mmu| mmu.try_locked(|core| core.state.used.saturating_sub(MINIMUM_PAGES)))
-            .sum();
-        let missing = wanted.saturating_sub(shrunk.freed);
-        for mmu in in_rotation() {
+        let used = |mmu: Arc<Mmu<H>>| mmu.try_locked(|core| core.state.used);
+        let shares = Shares {
+            wanted: wanted.saturating_sub(shrunk.freed),
+            above: rotation.mmus().filter_map(used).map(above_floor).sum(),
+        };
+        for mmu in rotation.mmus() {
             let left = wanted.saturating_sub(shrunk.freed);
             shrunk.freed += mmu
-                .try_locked(|core| {
-                    let above = core.state.used.saturating_sub(MINIMUM_PAGES);
-                    let share = (missing * above)
-                        .div_ceil(spare.max(1))
-                        .min(above)
-                        .min(left);
-                    core.shrink(share)
-                })
+                .try_locked(|core| core.shrink(shares.of(core.state.used).min(left)))
                 .unwrap_or(0);
         }
-        for mmu in in_rotation() {
+        for mmu in rotation.mmus() {
             let left = wanted.saturating_sub(shrunk.freed);
             shrunk.freed += mmu.try_locked(|core| core.shrink(left)).unwrap_or(0);
         }

@@ -48,19 +48,20 @@ impl<H: Host> Core<'_, H> {
 
     /// Pages too many for `more` to fit, where the limit may have been lowered below what is held.
     fn excess_with(&self, more: usize) -> usize {
-        let own = (self.state.used + self.state.reserved + more).saturating_sub(self.state.limit);
-        own.max(self.budget.excess_with(more))
+        (self.state.used + self.state.reserved + more).saturating_sub(self.state.limit)
     }
 
-    /// Reserves `needed` pages, zapping others if it must.
+    /// Reserves `needed` pages, zapping others if the VM's own limit is in the way. If it is the limit
+    /// of all VMs together, all of them have to give, for which the lock must be let go first.
     pub fn make_pages_available(&mut self, needed: usize) -> Result<(), NoPageAvailable> {
         let (trigger, refill) = if self.state.limit >= MINIMUM_PAGES {
-            (MINIMUM_FREE_PAGES.max(needed), REFILL_PAGES.max(needed))
+            (MINIMUM_FREE_PAGES, REFILL_PAGES)
         } else {
-            (needed, needed)
+            // What little there is stays in use until the last moment, but goes a few at a time.
+            (0, self.state.limit / 8)
         };
-        if self.available() < trigger {
-            self.recycle(self.excess_with(refill));
+        if self.own_available() < trigger.max(needed) {
+            self.recycle(self.excess_with(refill.max(needed)));
         }
         if self.own_available() >= needed && self.budget.reserve(needed) {
             self.state.reserved += needed;

@@ -255,7 +255,9 @@ impl<H: Host> Core<'_, H> {
         for (index, gfn) in wanted.iter().enumerate() {
             let Some(gfn) = *gfn else { continue };
             if let Some(page) = self.get_page(gfn, key.role.for_pointer(index)) {
-                self.state.pages[page.id()].root_count += 1;
+                let roots = &mut self.state.pages[page.id()].root_count;
+                *roots += 1;
+                self.state.pinned += usize::from(*roots == 1);
                 self.state.pages.note_orphan(page.id());
                 pages[index] = Some(page.id());
             }

@@ -36,6 +36,8 @@ pub(crate) struct State {
     pub reserved: usize,
     /// Pages that hold a frame: active, invalid or in a batch.
     pub used: usize,
+    /// Of these, pages that are roots of virtual CPUs, in use or previous.
+    pub pinned: usize,
     pub generation: u32,
     pub mmio_generation: u32,
     pub flush_pending: bool,

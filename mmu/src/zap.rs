@@ -129,9 +129,12 @@ impl<H: Host> Core<'_, H> {
         let page = &mut self.state.pages[id];
         debug_assert!(page.root_count > 0, "a root was released twice");
         page.root_count -= 1;
-        if page.root_count == 0 && page.state == PageState::Invalid {
-            page.state = PageState::Zapped;
-            self.add(id, batch);
+        if page.root_count == 0 {
+            self.state.pinned -= 1;
+            if page.state == PageState::Invalid {
+                page.state = PageState::Zapped;
+                self.add(id, batch);
+            }
         }
         self.state.pages.note_orphan(id);
     }

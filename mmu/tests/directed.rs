@@ -938,49 +938,76 @@ fn written_pages_are_logged_once_until_they_are_taken() {
     );
 }
 
-#[test]
-fn the_shrinker_gives_caches_back_first_and_shares_the_rest() {
+/// A small and a large VM of one pool, with 100 and 300 page tables, the last of which is not in use.
+fn small_and_large() -> (MmuPool<SimHost>, [Guest; 2]) {
     let host = SimHost::new(PAGES as usize, 4000);
+    host.set_slot(SLOT, 0);
+    for page in 0..PAGES {
+        host.touch(page);
+    }
     let pool = MmuPool::new(100_000);
-    let mut guests = Vec::new();
-    for regions in [100, 300] {
+    let guests = [(100, 1), (300, 500)].map(|(tables, next_table)| {
         let mut guest = Guest::with(MmuConfig::default());
         guest.host = host.clone();
-        guest.mmu = pool.create(
-            host.clone(),
-            MmuConfig {
-                limit: 1000,
-                prefetch: 1,
-                ..MmuConfig::default()
-            },
-        );
-        host.set_slot(SLOT, 0);
-        for page in 0..PAGES {
-            host.touch(page);
-        }
-        guest
-            .mmu
-            .add_slot(MemorySlot {
-                id: SLOT,
-                base: Gfn::new(0),
-                pages: PAGES,
-                flags: SlotFlags::empty(),
-            })
-            .unwrap();
+        let config = MmuConfig {
+            limit: 1000,
+            prefetch: 1,
+            ..MmuConfig::default()
+        };
+        guest.mmu = pool.create(host.clone(), config);
+        let memory = MemorySlot {
+            id: SLOT,
+            base: Gfn::new(0),
+            pages: PAGES,
+            flags: SlotFlags::empty(),
+        };
+        guest.mmu.add_slot(memory).unwrap();
         guest.cpus = vec![Cpu::new(&guest.mmu)];
-        guest.next_table = if regions == 100 { 1 } else { 500 };
-        self::regions(&mut guest, regions);
-        for region in 0..regions {
+        guest.next_table = next_table;
+        regions(&mut guest, tables);
+        for region in 0..tables - 1 {
             guest.page(read(region << 21));
         }
-        guests.push(guest);
+        guest
+    });
+    (pool, guests)
+}
+
+fn used(guests: &[Guest; 2]) -> [usize; 2] {
+    guests.each_ref().map(|guest| guest.mmu.used())
+}
+
+#[test]
+fn at_the_common_limit_all_give_in_proportion_and_none_below_its_floor() {
+    let (pool, mut guests) = small_and_large();
+    let before = used(&guests);
+    pool.set_limit(pool.count());
+    let [small, _] = &mut guests;
+    let flushes = small.mmu.statistics().tlb_flush;
+    small.page(read(99 << 21));
+    assert!(small.mmu.statistics().tlb_flush <= flushes + 2);
+    let after = used(&guests);
+    let (from_small, from_large) = (before[0] + 1 - after[0], before[1] - after[1]);
+    assert!(
+        from_small > 0 && from_large > 3 * from_small,
+        "{from_small} from the small VM, {from_large} from the large one"
+    );
+    // However much the one wants, the other keeps its floor.
+    pool.set_limit(120);
+    for round in 0..300 {
+        guests[0].page(read(round % 100 << 21));
+        assert!(pool.count() <= 120 || round == 0);
     }
-    let used = |guests: &[Guest]| {
-        guests
-            .iter()
-            .map(|guest| guest.mmu.used())
-            .collect::<Vec<_>>()
-    };
+    let held = used(&guests);
+    assert!(held[1] >= 60 && held[0] + held[1] > 100, "{held:?}");
+    for guest in &guests {
+        guest.mmu.audit().unwrap();
+    }
+}
+
+#[test]
+fn the_shrinker_gives_caches_back_first_and_shares_the_rest() {
+    let (pool, guests) = small_and_large();
     let before = used(&guests);
     assert_eq!(pool.count(), before.iter().sum());
     // A little is had from the caches alone.
