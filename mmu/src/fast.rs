@@ -11,7 +11,7 @@ use crate::host::Host;
 use crate::level::{ENTRIES, Level};
 use crate::page::{ActivePage, PageId, ShadowPage};
 use crate::registers::{AccessKind, Attempt, Fault, GuestPaging, Rights};
-use crate::role::{EntryFormat, bits};
+use crate::role::{EntryFormat, LeafTranslation, bits};
 use crate::spte::Spte;
 use crate::state::{Core, Leaf, Target};
 use umbra_vcpu::address::{Gfn, Gpa, Gva, Pfn};
@@ -28,9 +28,11 @@ struct End {
 }
 
 /// What the guest's last entry says.
-struct Translation {
+struct Found {
     gfn: Gfn,
     rights: Rights,
+    /// The two as the page keeps them.
+    translation: LeafTranslation,
     /// The accessed and dirty bits that the access sets.
     mark: Option<Mark>,
 }
@@ -116,7 +118,7 @@ impl<H: Host> Core<'_, H> {
         } else {
             self.last_translation(paging, shadow, gva, attempt)?
         };
-        let leaf = self.leaf_to(found.gfn, found.rights, attempt.kind)?;
+        let leaf = self.leaf_to(found.gfn, found.rights, found.translation, attempt.kind)?;
         if let Some(mark) = found.mark {
             self.exchange_guest(paging.format, mark.memory, mark.offset, mark.old, mark.new)
                 .ok()?;
@@ -136,7 +138,7 @@ impl<H: Host> Core<'_, H> {
         shadow: &ShadowPage,
         gva: Gva,
         attempt: Attempt,
-    ) -> Option<Translation> {
+    ) -> Option<Found> {
         let format = EntryFormat::of(paging);
         let offset = format.offset(Level::One, gva);
         let slot = self.state.slots.usable(shadow.gfn)?;
@@ -158,9 +160,10 @@ impl<H: Host> Core<'_, H> {
         if new != old && !slot.memory.flags.is_empty() {
             return None;
         }
-        Some(Translation {
+        Some(Found {
             gfn: format.table(old),
             rights: format.leaf_rights(rights, new),
+            translation: LeafTranslation(new),
             mark: (new != old).then_some(Mark {
                 memory,
                 offset,
@@ -177,7 +180,7 @@ impl<H: Host> Core<'_, H> {
         shadow: &ShadowPage,
         index: usize,
         attempt: Attempt,
-    ) -> Option<Translation> {
+    ) -> Option<Found> {
         let (gfn, rights) = (shadow.gfn.offset(index as u64), shadow.role.rights);
         // The page's rights may be narrower than the guest's own: by a key, or because a supervisor
         // wrote with CR0.WP clear.
@@ -187,9 +190,10 @@ impl<H: Host> Core<'_, H> {
         // Where a large mapping has become possible, the whole walk makes it.
         let smallest = self.config.largest_mapping == Level::One || slot.has_tables_near(gfn);
         let plain = exact && smallest && paging.forbids(attempt, rights, 0).is_none();
-        plain.then_some(Translation {
+        plain.then_some(Found {
             gfn,
             rights,
+            translation: LeafTranslation::of(gfn, rights),
             mark: None,
         })
     }
@@ -222,7 +226,8 @@ impl<H: Host> Core<'_, H> {
                 continue;
             }
             let rights = format.leaf_rights(rights, value);
-            let Some(leaf) = self.leaf_to(format.table(value), rights, AccessKind::Read) else {
+            let (gfn, entry) = (format.table(value), LeafTranslation(value));
+            let Some(leaf) = self.leaf_to(gfn, rights, entry, AccessKind::Read) else {
                 continue;
             };
             if self.state.nodes.available() < FAULT_PAGES * 2 {
@@ -235,7 +240,13 @@ impl<H: Host> Core<'_, H> {
 
     /// A mapping of `gfn`, if it is ordinary memory that lets `kind` through at once.
     #[inline]
-    fn leaf_to(&self, gfn: Gfn, rights: Rights, kind: AccessKind) -> Option<Leaf> {
+    fn leaf_to(
+        &self,
+        gfn: Gfn,
+        rights: Rights,
+        translation: LeafTranslation,
+        kind: AccessKind,
+    ) -> Option<Leaf> {
         let slot = self.state.slots.usable(gfn)?;
         let frame = self.frame_in(slot, gfn)?;
         let mut granted = rights;
@@ -250,7 +261,7 @@ impl<H: Host> Core<'_, H> {
         Some(Leaf {
             gfn,
             frame,
-            rights,
+            translation,
             granted,
         })
     }

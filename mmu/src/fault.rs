@@ -355,10 +355,11 @@ impl<H: Host> Core<'_, H> {
             }
         }
         let granted = self.granted(gfn, level, walk.rights, attempt.kind);
+        let role = self.state.pages[page.id()].role;
         let leaf = Leaf {
             gfn,
             frame,
-            rights: walk.rights,
+            translation: role.translation(walk.entries[0].value, gfn, walk.rights),
             granted,
         };
         self.map(page, index, &leaf);

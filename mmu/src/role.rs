@@ -123,6 +123,34 @@ impl Role {
         }
     }
 
+    /// The guest frame and the rights of one of the page's leaves.
+    #[inline]
+    pub fn leaf(&self, translation: LeafTranslation) -> (Gfn, Rights) {
+        let value = translation.0;
+        if value & bits::PRESENT == 0 {
+            let rights = Rights::from_bits_truncate((value >> 1) as u8);
+            return (Gfn::new(value >> 8), rights);
+        }
+        let format = self.entries();
+        let rights = format.leaf_rights(self.rights & format.rights(value), value);
+        (format.table(value), rights)
+    }
+
+    /// How to keep a leaf of the page whose guest entry is `value`.
+    pub fn translation(&self, value: u64, gfn: Gfn, rights: Rights) -> LeafTranslation {
+        let entry = LeafTranslation(value);
+        let plain = bits::PRESENT | bits::ACCESSED;
+        let is_all = self.level == Level::One
+            && !self.is_direct()
+            && value & plain == plain
+            && self.leaf(entry) == (gfn, rights);
+        if is_all {
+            entry
+        } else {
+            LeafTranslation::of(gfn, rights)
+        }
+    }
+
     /// Where the guest's entry behind shadow entry `index` lies in the guest's table, in bytes.
     pub fn guest_entry_offset(&self, index: usize) -> usize {
         match (self.format, self.level) {
@@ -156,6 +184,18 @@ impl Role {
             _ => (first, last + 1),
         };
         start.min(512)..end.min(512)
+    }
+}
+
+/// What a page keeps of a leaf's guest frame and rights: the guest's entry itself, where that says it
+/// all, because then it shows at a glance that the guest has not changed it; or else the two, with
+/// the bit clear that each present entry has set.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct LeafTranslation(pub u64);
+
+impl LeafTranslation {
+    pub const fn of(gfn: Gfn, rights: Rights) -> Self {
+        Self(gfn.as_u64() << 8 | (rights.bits() as u64) << 1)
     }
 }
 

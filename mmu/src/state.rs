@@ -12,6 +12,7 @@ use crate::lock::AtomicU64;
 use crate::page::{ActivePage, PageId, PageTable, Translations, group_bit};
 use crate::registers::Rights;
 use crate::rmap::{RmapHead, RmapNodes, SpteRef};
+use crate::role::LeafTranslation;
 use crate::root::VcpuRoots;
 use crate::slot::{MAPPING_LEVELS, Slot, Slots};
 use crate::spte::{Mapping, Spte};
@@ -66,8 +67,8 @@ pub(crate) enum Target {
 pub(crate) struct Leaf {
     pub gfn: Gfn,
     pub frame: Pfn,
-    /// The guest's own rights.
-    pub rights: Rights,
+    /// The guest's own rights, and the frame, as the page keeps them.
+    pub translation: LeafTranslation,
     /// What the hardware may do now, a part of them.
     pub granted: Rights,
 }
@@ -85,10 +86,6 @@ impl Leaf {
         };
         Spte::leaf(self.frame, self.granted, mapping)
     }
-}
-
-pub(crate) const fn leaf_translation(gfn: Gfn, rights: Rights) -> u64 {
-    gfn.as_u64() << 8 | rights.bits() as u64
 }
 
 impl<H: Host> Core<'_, H> {
@@ -122,10 +119,8 @@ impl<H: Host> Core<'_, H> {
         };
         let translation = translations[index];
         if self.is_leaf(page, spte) {
-            Target::Leaf {
-                gfn: Gfn::new(translation >> 8),
-                rights: Rights::from_bits_truncate(translation as u8),
-            }
+            let (gfn, rights) = shadow.role.leaf(LeafTranslation(translation));
+            Target::Leaf { gfn, rights }
         } else {
             Target::Page(PageId::from_number(translation as u32))
         }
@@ -202,15 +197,9 @@ impl<H: Host> Core<'_, H> {
         let old = self.load(id, index);
         if old.is_present() && self.is_leaf(id, old) && old.frame() == leaf.frame {
             let held = self.target(id, index, old);
-            let same = Target::Leaf {
-                gfn: leaf.gfn,
-                rights: leaf.rights,
-            };
             if matches!(held, Target::Leaf { gfn, .. } if gfn == leaf.gfn) {
-                if held != same
-                    && let Some(translations) = &mut self.state.pages[id].translations
-                {
-                    translations[index] = leaf_translation(leaf.gfn, leaf.rights);
+                if let Some(translations) = &mut self.state.pages[id].translations {
+                    translations[index] = leaf.translation.0;
                 }
                 let new = leaf.spte(level);
                 let old = Spte(self.host.swap(table, index, new.0));
@@ -228,7 +217,7 @@ impl<H: Host> Core<'_, H> {
     #[inline]
     pub fn map_empty(&mut self, page: ActivePage, index: usize, level: Level, leaf: &Leaf) {
         let id = page.id();
-        self.note(id, index, leaf_translation(leaf.gfn, leaf.rights));
+        self.note(id, index, leaf.translation.0);
         let state = &mut *self.state;
         if let Some(slot) = state.slots.of(leaf.gfn) {
             state
@@ -243,7 +232,7 @@ impl<H: Host> Core<'_, H> {
     pub fn map_mmio(&mut self, page: ActivePage, index: usize, gfn: Gfn, rights: Rights) {
         let id = page.id();
         self.drop_entry(id, index);
-        self.note(id, index, leaf_translation(gfn, rights));
+        self.note(id, index, LeafTranslation::of(gfn, rights).0);
         let value = Spte::mmio(self.state.mmio_generation, rights);
         self.host.store(self.state.pages[id].frame, index, value.0);
     }

@@ -25,9 +25,9 @@ use crate::level::Level;
 use crate::page::{GROUP, PageId, group_bit, ones};
 use crate::registers::{Format, Rights};
 use crate::rmap::{RmapNodes, SpteRef};
-use crate::role::{EntryFormat, Role, bits};
+use crate::role::{Role, bits};
 use crate::spte::Spte;
-use crate::state::{Core, Target, leaf_translation};
+use crate::state::{Core, Target};
 use crate::zap::Batch;
 use umbra_vcpu::address::{Gfn, Gva, Pfn};
 
@@ -47,20 +47,11 @@ pub(crate) enum Reach {
     UpperTables,
 }
 
-/// What the guest's entries behind a level-1 page are read by.
-struct Leaves {
-    memory: Pfn,
-    role: Role,
-    format: EntryFormat,
-    /// Bits that may be reserved.
-    malformed: u64,
-}
-
 /// Of a group of entries, a bit for each.
 struct Seen {
     /// Those that aren't empty.
     used: u64,
-    /// Of these, those that say what the guest's say.
+    /// Of these, those of which the guest has not changed its own entry.
     same: u64,
 }
 
@@ -225,7 +216,7 @@ impl<H: Host> Core<'_, H> {
         let leaves = self.leaves(id);
         for group in ones(self.state.pages[id].occupied) {
             let first = group * GROUP;
-            let seen = self.see(id, first, leaves.as_ref());
+            let seen = self.see(id, first, leaves);
             let mut kept = seen.same != 0;
             for place in ones(seen.used & !seen.same) {
                 let spte = self.load(id, first + place);
@@ -237,44 +228,31 @@ impl<H: Host> Core<'_, H> {
         }
     }
 
-    /// How to read the guest's table behind a level-1 page, if it is memory and no keys matter.
-    fn leaves(&self, id: PageId) -> Option<Leaves> {
+    /// The guest's table behind a level-1 page, if it is memory and no keys matter: what is unchanged
+    /// there needs no other look.
+    fn leaves(&self, id: PageId) -> Option<Pfn> {
         let page = &self.state.pages[id];
-        let (role, table, format) = (page.role, page.gfn, page.role.entries());
-        let plain = role.level == Level::One && format.keys.is_none();
-        let slot = self.state.slots.usable(table).filter(|_| plain)?;
-        Some(Leaves {
-            memory: self.frame_in(slot, table)?,
-            role,
-            format,
-            malformed: format.suspicious(self.config.features),
-        })
+        let plain = page.role.level == Level::One && page.role.entries().keys.is_none();
+        let slot = self.state.slots.usable(page.gfn).filter(|_| plain)?;
+        self.frame_in(slot, page.gfn)
     }
 
-    /// Looks at the group of entries that begins with `first`.
+    /// Looks at the group of entries that begins with `first`, with the guest's `leaves` beside it.
     #[inline]
-    fn see(&self, id: PageId, first: usize, leaves: Option<&Leaves>) -> Seen {
+    fn see(&self, id: PageId, first: usize, leaves: Option<Pfn>) -> Seen {
         let page = &self.state.pages[id];
+        let unchanged = |index: usize| {
+            let (Some(leaves), Some(translations)) = (leaves, &page.translations) else {
+                return false;
+            };
+            let (held, offset) = (translations[index], page.role.guest_entry_offset(index));
+            held & bits::PRESENT != 0 && self.load_guest(page.role.format, leaves, offset) == held
+        };
         let mut seen = Seen { used: 0, same: 0 };
         for place in 0..GROUP {
             if !Spte(self.host.load(page.frame, first + place)).is_empty() {
                 seen.used |= 1 << place;
-            }
-        }
-        let (Some(leaves), Some(translations)) = (leaves, &page.translations) else {
-            return seen;
-        };
-        let format = &leaves.format;
-        for place in ones(seen.used) {
-            let offset = leaves.role.guest_entry_offset(first + place);
-            let value = self.load_guest(format.format, leaves.memory, offset);
-            let rights = format.leaf_rights(leaves.role.rights & format.rights(value), value);
-            let wanted = leaf_translation(format.table(value), rights);
-            let needed = bits::PRESENT | bits::ACCESSED;
-            if value & (needed | leaves.malformed) == needed
-                && translations[first + place] == wanted
-            {
-                seen.same |= 1 << place;
+                seen.same |= u64::from(unchanged(first + place)) << place;
             }
         }
         seen
