@@ -22,8 +22,10 @@
 //!
 //! A shadowed table is write-protected. The first write to it faults, makes the table's shadow pages
 //! *unsync* and goes through: from then on their SPTEs are what a TLB is, stale until the guest
-//! flushes (see the `sync` module). Every table may become unsync, at every level, so no instruction has to be
-//! emulated for a write to a table, and a table that maps itself needs no exception.
+//! flushes. A flush brings up to date what the current root leads to; marks in the pages above show
+//! the way to what is unsync, so it costs nothing where nothing is (see the `sync` module). Every table
+//! may become unsync, at every level, so no instruction has to be emulated for a write to a table, and
+//! a table that maps itself needs no exception.
 //!
 //! # The common fault
 //!
@@ -42,6 +44,10 @@
 //! found unused gets cooler and goes when it is cold. A new page is met once by the next reclaim,
 //! which clears its bit, so that a page that was only used when it was made goes before one that is
 //! used again and again.
+//!
+//! A VM at its own limit takes from itself. Where all VMs together are at theirs ([`MmuPool`]), each
+//! gives in proportion to what it holds above [`MINIMUM_PAGES`], and none is driven below while
+//! another is above; so it is when the host itself runs low.
 //!
 //! # Locking
 //!
