@@ -6,10 +6,11 @@
 
 use crate::host::Host;
 use crate::level::Level;
-use crate::mmu::{Mmu, Vcpu};
+use crate::mmu::Mmu;
 use crate::registers::{Format, GuestPaging, Rights};
 use crate::role::{EntryFormat, bits};
 use crate::state::{Core, Target};
+use crate::vcpu::Vcpu;
 use umbra_vcpu::address::{Gfn, Gpa, Gva, Hpa};
 
 /// What guest and shadow say of one address.

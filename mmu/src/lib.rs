@@ -192,6 +192,7 @@ extern crate alloc;
 mod arena;
 mod audit;
 mod budget;
+mod caches;
 mod config;
 mod error;
 mod fast;
@@ -200,6 +201,7 @@ mod host;
 mod inspect;
 mod level;
 mod lock;
+mod memory;
 mod mmu;
 mod page;
 mod pool;
@@ -213,6 +215,7 @@ mod spte;
 mod state;
 mod statistics;
 mod sync;
+mod vcpu;
 mod walk;
 mod zap;
 
@@ -227,7 +230,8 @@ pub use inspect::{
     GuestEnd, GuestEntry, Inspection, Permission, Permissions, ShadowEnd, ShadowEntry, ShadowKind,
 };
 pub use level::Level;
-pub use mmu::{Accessed, HardwareRoot, Mmu, RootChange, TranslateError, Vcpu};
+pub use memory::Accessed;
+pub use mmu::{Mmu, TranslateError};
 pub use pool::{MmuPool, Shrunk};
 pub use registers::{
     Access, AccessKind, Cr3, Fault, HardwareControls, InvalidPdpte, Marking, PageFault,
@@ -235,3 +239,4 @@ pub use registers::{
 };
 pub use slot::{MAXIMUM_SLOTS, MemorySlot, SlotError, SlotFlags};
 pub use statistics::Statistics;
+pub use vcpu::{HardwareRoot, RootChange, Vcpu};

@@ -5,13 +5,13 @@
 
 use crate::error::MmuError;
 use crate::host::Host;
-use crate::mmu::RootChange;
 use crate::page::{ActivePage, PageId};
 use crate::registers::{Format, GuestPaging, Pdptrs};
 use crate::role::{EntryFormat, Role, bits};
 use crate::spte::Spte;
 use crate::state::Core;
 use crate::sync::Reach;
+use crate::vcpu::RootChange;
 use crate::zap::Batch;
 use umbra_vcpu::address::{Gfn, Gva, Hpa};
 

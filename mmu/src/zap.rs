@@ -5,8 +5,14 @@
 //! only then frees the frames. A page that is a root in use is not freed: it becomes `Invalid`,
 //! and the last to let go of it frees it.
 
+#![allow(
+    clippy::redundant_closure_for_method_calls,
+    reason = "the methods' own lifetimes are not general enough"
+)]
+
 use crate::host::Host;
 use crate::lock::Ordering;
+use crate::mmu::Mmu;
 use crate::page::{ActivePage, GROUP, PageId, PageState, ones};
 use crate::state::{CACHED, Core};
 use alloc::vec::Vec;
@@ -154,6 +160,57 @@ impl<H: Host> Core<'_, H> {
         }
         self.commit(batch);
         zapped
+    }
+}
+
+impl<H: Host> Mmu<H> {
+    /// Zaps every shadow page, in bounded steps between which guests may go on with new ones.
+    pub fn zap_all(&self) {
+        self.locked(|core| core.start_zap_all());
+        while self.locked(|core| core.zap_obsolete(32)) {}
+    }
+
+    /// Zaps every shadow page of a guest table. Returns how many pages went.
+    pub fn unprotect(&self, gfn: Gfn) -> usize {
+        self.locked(|core| core.zap_gfn(gfn))
+    }
+}
+
+impl<H: Host> Core<'_, H> {
+    /// Makes every page obsolete. No root stays in use.
+    fn start_zap_all(&mut self) {
+        self.state.generation = self.state.generation.wrapping_add(1);
+        let mut batch = Batch::new();
+        self.release_previous_roots(&mut batch);
+        self.commit(batch);
+        self.root_epoch.fetch_add(1, Ordering::Release);
+        self.state.flush_pending = true;
+    }
+
+    /// Zaps up to `step` obsolete pages (and their orphans), oldest first; whether any are left.
+    fn zap_obsolete(&mut self, step: usize) -> bool {
+        let mut batch = Batch::new();
+        let mut left = step;
+        self.state.pages.hand = self.state.pages.active_list().first();
+        let mut more = false;
+        while let Some(id) = self.state.pages.hand {
+            if self.state.pages[id].generation == self.state.generation {
+                self.state.pages.hand = self.state.pages.next(id);
+                continue;
+            }
+            if left == 0 {
+                more = true;
+                break;
+            }
+            left -= 1;
+            let Some(page) = self.state.pages.active(id) else {
+                break;
+            };
+            self.prepare_zap(page, &mut batch);
+        }
+        self.state.pages.hand = None;
+        self.commit(batch);
+        more
     }
 }
 
