@@ -76,7 +76,7 @@ impl From<MmuError> for End {
         match error {
             MmuError::OutOfMemory => Self::new(
                 Outcome::HostOutOfMemory,
-                "the image's heap has no frame left: give the image more memory",
+                "the image's heap has no frame left",
             ),
             MmuError::NoPageAvailable(shortage) => {
                 let exhausted = Exhausted {

@@ -27,7 +27,7 @@ use crate::rates::Rates;
 use crate::schedule::Schedule;
 use crate::shortage::Shortage;
 use crate::uhyve::Uhyve;
-use crate::{archive, control, entry, platform, pressure, timestamp};
+use crate::{advice, archive, control, entry, platform, pressure, timestamp};
 
 /// Runs the guests that `options` ask for to their ends, and returns the image's exit code.
 pub fn run_guests(options: &Options, files: &BootFiles) -> ExitCode {
@@ -75,7 +75,7 @@ impl Launcher<'_> {
                 .and_then(|files| prepare(name, options, self.guests(), files, driver)),
             Err(error) => Err(End::new(Outcome::NoVirtualization, error.as_str())),
         };
-        prepared.map_err(|end| Report::new(name, end.outcome, end.message))
+        prepared.map_err(|end| advice::complete(Report::new(name, end.outcome, end.message)))
     }
 }
 

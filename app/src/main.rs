@@ -10,6 +10,7 @@
 
 extern crate alloc;
 
+mod advice;
 mod alarm;
 mod archive;
 mod console;
@@ -19,6 +20,8 @@ mod driver;
 mod emulation;
 mod entry;
 mod guest;
+#[allow(unsafe_code, reason = "hypercalls")]
+mod host_files;
 mod launch;
 mod memory;
 mod mmio;
@@ -44,14 +47,16 @@ mod shortage;
 mod timestamp;
 mod uhyve;
 
+use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use core::ffi::c_char;
 
 use umbra_report::options::{self, Request};
-use umbra_report::{ExitCode, Outcome, Report, config};
+use umbra_report::{ExitCode, FileError, Outcome, Report, config};
 
 use crate::archive::BootFiles;
+use crate::host_files::ReadError;
 
 /// Entry point that Hermit calls after it has booted. Never returns: it shuts the system down.
 // SAFETY: the kernel declares exactly this function, and no other crate defines it.
@@ -77,17 +82,35 @@ fn run() -> ExitCode {
     }
 }
 
-/// What the command line and the configuration file ask for, and the files that were passed.
+/// What the command line, the environment and the configuration file ask for, and the files that were
+/// passed.
 fn read_options() -> Result<(Request, BootFiles), Report> {
-    let bad_image = |message| Report::new("", Outcome::BadImage, message);
     let bad_option = |message| Report::new("", Outcome::BadOption, message);
-    let files = BootFiles::new(platform::boot_modules()).map_err(bad_image)?;
-    let mut arguments: Vec<String> = platform::arguments();
+    let mut files = BootFiles::new(platform::boot_modules()).map_err(unreadable)?;
+    files.check_hermit_image().map_err(bad_option)?;
+    let refuse = |error: FileError| bad_option(error.to_string());
+    let arguments: Vec<String> = platform::arguments();
+    let mut arguments =
+        config::merge_environment(platform::environment(), &arguments).map_err(refuse)?;
     if let Some(text) = files.configuration().map_err(bad_option)? {
-        arguments =
-            config::merge(text, &arguments).map_err(|error| bad_option(error.to_string()))?;
+        arguments = config::merge(text, &arguments).map_err(refuse)?;
     }
     let request = options::parse(arguments.iter().map(String::as_str))
         .map_err(|error| bad_option(error.to_string()))?;
+    if let Request::Run(options) = &request {
+        advice::prepare(options);
+        files.fetch(options).map_err(unreadable)?;
+    }
     Ok((request, files))
+}
+
+fn unreadable(error: ReadError) -> Report {
+    match error {
+        ReadError::Failed(message) => Report::new("", Outcome::BadImage, message),
+        ReadError::NoMemory(length) => advice::complete(Report::new(
+            "",
+            Outcome::HostOutOfMemory,
+            format!("a file of {length} bytes does not fit the image's heap"),
+        )),
+    }
 }

@@ -18,6 +18,8 @@ use spin::Mutex;
 use umbra_vcpu::address::{Hpa, PAGE_SIZE, Pfn};
 use umbra_vcpu::host::HostMemory;
 
+use crate::platform;
+
 /// 64-bit entries in a frame.
 pub const ENTRIES: usize = PAGE_SIZE as usize / size_of::<u64>();
 
@@ -46,9 +48,44 @@ pub const SLAB_FRAMES: usize = 16;
 
 /// Allocates frames from the heap.
 pub struct FrameAllocator {
-    /// For each host frame, one more than its place in the slabs, or 0 if it is in none.
-    places: Box<[AtomicU32]>,
+    places: Places,
     slabs: Mutex<Slabs>,
+}
+
+/// For each frame of the host's memory, one more than its place in the slabs, or 0 if it is in none.
+struct Places {
+    /// The number of the first frame: uhyve's memory may begin anywhere.
+    first: u64,
+    places: Box<[AtomicU32]>,
+}
+
+impl Places {
+    fn new() -> Self {
+        let ranges = platform::memory_ranges();
+        let (start, end) = ranges.iter().fold((u64::MAX, 0), |(start, end), range| {
+            (start.min(range.start), end.max(range.end))
+        });
+        let first = start / PAGE_SIZE;
+        let frames = first..end.div_ceil(PAGE_SIZE);
+        let places = frames.map(|_| AtomicU32::new(0)).collect::<Vec<_>>();
+        Self {
+            first,
+            places: places.into_boxed_slice(),
+        }
+    }
+
+    /// The frame's entry; `None` if it is none of the host's memory.
+    fn get(&self, frame: Pfn) -> Option<&AtomicU32> {
+        let index = frame.as_u64().checked_sub(self.first)?;
+        self.places.get(index as usize)
+    }
+
+    /// Sets the entry of a frame that came from the heap.
+    fn set(&self, frame: Pfn, place: u32) {
+        self.get(frame)
+            .expect("the heap is made of the host's memory")
+            .store(place, Ordering::Release);
+    }
 }
 
 /// All slabs of an allocator. Empty places are used again.
@@ -71,21 +108,10 @@ unsafe impl Send for Slab {}
 impl FrameAllocator {
     /// An allocator for all the memory that the boot loader has given the kernel.
     pub fn new() -> Self {
-        let end = hermit::env::fdt()
-            .into_iter()
-            .flat_map(|tree| {
-                tree.find_all_nodes("/memory")
-                    .filter_map(|node| node.reg()?.next())
-                    .map(|region| region.starting_address as u64 + region.size.unwrap_or(0) as u64)
-                    .max()
-            })
-            .max()
-            .unwrap_or(0);
-        let frames = end.div_ceil(PAGE_SIZE) as usize;
-        let slabs = frames.div_ceil(SLAB_FRAMES);
-        let places = (0..frames).map(|_| AtomicU32::new(0)).collect::<Vec<_>>();
+        let places = Places::new();
+        let slabs = places.places.len().div_ceil(SLAB_FRAMES);
         Self {
-            places: places.into_boxed_slice(),
+            places,
             slabs: Mutex::new(Slabs {
                 slabs: Vec::with_capacity(slabs),
                 with_room: Vec::with_capacity(slabs),
@@ -115,13 +141,16 @@ impl FrameAllocator {
     /// Whether `frame` came from this allocator.
     pub fn owns(&self, frame: Pfn) -> bool {
         self.places
-            .get(frame.as_u64() as usize)
+            .get(frame)
             .is_some_and(|place| place.load(Ordering::Acquire) != 0)
     }
 
     /// Takes back a frame of [`FrameAllocator::allocate`].
     pub fn free(&self, frame: Pfn) {
-        let place = self.places[frame.as_u64() as usize].load(Ordering::Acquire);
+        let place = self
+            .places
+            .get(frame)
+            .map_or(0, |place| place.load(Ordering::Acquire));
         assert_ne!(place, 0, "{frame:?} is not allocated");
         let place = place as usize - 1;
         let empty = self.slabs.lock().give_back(place, &self.places);
@@ -153,7 +182,7 @@ impl Slabs {
         }
     }
 
-    fn insert(&mut self, slab: Slab, places: &[AtomicU32]) {
+    fn insert(&mut self, slab: Slab, places: &Places) {
         let index = self
             .slabs
             .iter()
@@ -161,7 +190,7 @@ impl Slabs {
             .unwrap_or(self.slabs.len());
         for (number, frame) in slab.frames.iter().enumerate() {
             let place = (index * SLAB_FRAMES + number + 1) as u32;
-            places[frame.as_u64() as usize].store(place, Ordering::Release);
+            places.set(*frame, place);
         }
         if index == self.slabs.len() {
             self.slabs.push(Some(slab));
@@ -172,7 +201,7 @@ impl Slabs {
     }
 
     /// Takes a frame back, and returns its slab if no other frame of it is in use.
-    fn give_back(&mut self, place: usize, places: &[AtomicU32]) -> Option<Slab> {
+    fn give_back(&mut self, place: usize, places: &Places) -> Option<Slab> {
         let (index, number) = (place / SLAB_FRAMES, place % SLAB_FRAMES);
         let entry = &mut self.slabs[index];
         let slab = entry.as_mut()?;
@@ -191,7 +220,7 @@ impl Slabs {
             return None;
         }
         for frame in slab.frames {
-            places[frame.as_u64() as usize].store(0, Ordering::Release);
+            places.set(frame, 0);
         }
         self.with_room.retain(|&other| other as usize != index);
         entry.take()

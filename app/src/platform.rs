@@ -4,6 +4,7 @@
 
 use alloc::string::String;
 use alloc::vec::Vec;
+use core::ops::Range;
 
 use umbra_report::ExitCode;
 
@@ -22,6 +23,30 @@ pub fn arguments() -> Vec<String> {
     hermit::env::args().to_vec()
 }
 
+/// The environment variables, as names and values.
+pub fn environment() -> impl Iterator<Item = (&'static str, &'static str)> {
+    hermit::env::vars().map(|(name, value)| (name.as_str(), value.as_str()))
+}
+
+/// The memory that the boot loader has given the kernel, by physical addresses.
+pub fn memory_ranges() -> Vec<Range<u64>> {
+    let Some(tree) = hermit::env::fdt() else {
+        return Vec::new();
+    };
+    let nodes = tree.find_all_nodes("/memory");
+    let ranges = nodes.filter_map(|node| {
+        let region = node.reg()?.next()?;
+        let start = region.starting_address as u64;
+        Some(start..start + region.size? as u64)
+    });
+    ranges.collect()
+}
+
+/// Has the kernel print a text when the heap is exhausted and that ends the system.
+pub fn advise_when_out_of_memory(advice: &'static str) {
+    hermit::mm::set_out_of_memory_advice(advice);
+}
+
 /// A file that the boot loader has put into memory.
 pub struct BootModule {
     /// What the boot loader calls it: a path, or nothing.
@@ -30,7 +55,7 @@ pub struct BootModule {
     pub data: &'static [u8],
 }
 
-/// The boot loader's modules, in its order.
+/// The boot loader's modules, in its order; uhyve's is the `.hermit` image, if it hands that over.
 pub fn boot_modules() -> Vec<BootModule> {
     let Some(tree) = hermit::env::fdt() else {
         return Vec::new();
@@ -38,7 +63,17 @@ pub fn boot_modules() -> Vec<BootModule> {
     let Some(chosen) = tree.find_node("/chosen") else {
         return Vec::new();
     };
-    chosen
+    let hermit_image = || {
+        let address = |name| chosen.property(name)?.as_usize();
+        let (start, end) = (address("linux,initrd-start")?, address("linux,initrd-end")?);
+        let length = end.checked_sub(start)?;
+        // SAFETY: uhyve has put the image there, reserves the memory for it, and has mapped it; it lets
+        // nobody write to it.
+        let data = unsafe { core::slice::from_raw_parts(start as *const u8, length) };
+        let name = String::from("the Hermit image");
+        Some(BootModule { name, data })
+    };
+    let modules = chosen
         .children()
         .filter(|node| {
             node.compatible()
@@ -58,8 +93,8 @@ pub fn boot_modules() -> Vec<BootModule> {
                 name: name.into(),
                 data,
             })
-        })
-        .collect()
+        });
+    modules.chain(hermit_image()).collect()
 }
 
 pub use crate::timestamp::{now as timestamp, ticks_in_microseconds};

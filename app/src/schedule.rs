@@ -17,7 +17,7 @@ use crate::guest::{End, Guest, Halted, Turn};
 use crate::launch::Launcher;
 use crate::monitor::Monitor;
 use crate::second_serial::{self, SecondSerial};
-use crate::{platform, post_mortem, pressure, timestamp};
+use crate::{advice, platform, post_mortem, pressure, timestamp};
 
 /// A guest's time slice in microseconds.
 const TIME_SLICE: u64 = 10_000;
@@ -147,7 +147,7 @@ impl<'a> Schedule<'a> {
                         } = self.running.remove(place);
                         let post_mortem = post_mortem::page(&guest, &end);
                         let (trace, format) = (guest.trace.take(), guest.trace_format);
-                        let report = guest.finish(end);
+                        let report = advice::complete(guest.finish(end));
                         if let Some(trace) = trace {
                             self.print_trace(&trace, format, &report, run);
                         }

@@ -7,6 +7,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use flate2::{Compression, GzBuilder};
 use tar::{Builder, EntryType, Header};
+use umbra_report::hermit_image;
 
 /// A file that the image is given at boot.
 pub struct Entry<'a> {
@@ -33,26 +34,46 @@ pub fn guest(guest: &[u8], initrd: Option<&[u8]>) -> Result<Vec<u8>> {
     ustar(&entries)
 }
 
-/// A `.hermit` image: `hermit.toml` and the kernel that it names, as a gzipped ustar archive.
+/// A `.hermit` image: a gzipped ustar archive of `hermit.toml`, the Hermit ELF that it names, and what the
+/// tar archive `more` holds.
 ///
 /// # Errors
-/// Never in practice: writing to memory does not fail.
-pub fn hermit(config: &str, kernel_name: &str, kernel: &[u8]) -> Result<Vec<u8>> {
-    let archive = ustar(&[
+/// When a name is too long for the format.
+pub fn hermit(
+    config: &str,
+    kernel_name: &str,
+    kernel: &[u8],
+    more: Option<&[u8]>,
+) -> Result<Vec<u8>> {
+    let more = more.map_or(Ok(Vec::new()), members)?;
+    let mut entries = vec![
         Entry {
-            name: "hermit.toml",
+            name: hermit_image::FILE,
             data: config.as_bytes(),
         },
         Entry {
             name: kernel_name,
             data: kernel,
         },
-    ])?;
+    ];
+    entries.extend(more.iter().map(|(name, data)| Entry { name, data }));
     let mut gzip = GzBuilder::new()
         .mtime(0)
         .write(Vec::new(), Compression::best());
-    gzip.write_all(&archive)?;
+    gzip.write_all(&ustar(&entries)?)?;
     gzip.finish().context("cannot compress the image")
+}
+
+/// The files in a tar archive, by their names.
+fn members(archive: &[u8]) -> Result<Vec<(String, Vec<u8>)>> {
+    let mut archive = tar::Archive::new(archive);
+    let entries = archive.entries()?.map(|entry| {
+        let mut entry = entry?;
+        let mut data = Vec::new();
+        entry.read_to_end(&mut data)?;
+        Ok((entry.path()?.to_string_lossy().into_owned(), data))
+    });
+    entries.collect()
 }
 
 /// What Google Cloud imports: a gzipped tar archive in GNU's old format whose one member is
@@ -105,17 +126,6 @@ mod tests {
 
     use super::*;
 
-    fn unpack(archive: &[u8]) -> Vec<(String, Vec<u8>)> {
-        let mut archive = tar::Archive::new(archive);
-        let entries = archive.entries().unwrap().map(|entry| {
-            let mut entry = entry.unwrap();
-            let mut data = Vec::new();
-            entry.read_to_end(&mut data).unwrap();
-            (entry.path().unwrap().to_string_lossy().into_owned(), data)
-        });
-        entries.collect()
-    }
-
     #[test]
     fn the_guest_comes_first() {
         let with_initrd = guest(b"image", Some(b"more")).unwrap();
@@ -123,23 +133,27 @@ mod tests {
             ("guest".into(), b"image".to_vec()),
             ("initrd".into(), b"more".to_vec()),
         ];
-        assert_eq!(unpack(&with_initrd), expected);
+        assert_eq!(members(&with_initrd).unwrap(), expected);
         assert_eq!(&with_initrd[257..263], b"ustar\0");
         assert_eq!(
-            unpack(&guest(b"", None).unwrap()),
+            members(&guest(b"", None).unwrap()).unwrap(),
             [("guest".into(), vec![])]
         );
     }
 
     #[test]
     fn the_hermit_image_is_reproducible() {
-        let make = || hermit("version = \"1\"", "umbra", &[7; 5000]).unwrap();
+        let config = "version = \"1\"";
+        let guest = guest(b"image", None).unwrap();
+        let make = || hermit(config, "umbra", &[7; 5000], Some(&guest)).unwrap();
         assert_eq!(make(), make());
         let mut archive = Vec::new();
         GzDecoder::new(&make()[..])
             .read_to_end(&mut archive)
             .unwrap();
-        let names: Vec<_> = unpack(&archive).into_iter().map(|(name, _)| name).collect();
-        assert_eq!(names, ["hermit.toml", "umbra"]);
+        let members = members(&archive).unwrap();
+        let names: Vec<_> = members.iter().map(|(name, _)| name.as_str()).collect();
+        assert_eq!(names, ["hermit.toml", "umbra", "guest"]);
+        assert_eq!(members[0].1, config.as_bytes());
     }
 }

@@ -63,6 +63,15 @@ pub struct GuestFiles {
     pub initrd: Option<PathBuf>,
 }
 
+/// The two forms of an application that are booted.
+#[derive(Clone, Debug)]
+pub struct ImageFiles {
+    /// The ELF that ordinary boot loaders boot.
+    pub boot: PathBuf,
+    /// The Hermit ELF inside it, which Hermit's own loaders boot.
+    pub hermit: PathBuf,
+}
+
 /// Everything that builds need.
 pub struct Builder<'a> {
     project: &'a Project,
@@ -155,21 +164,21 @@ impl<'a> Builder<'a> {
         Ok(image)
     }
 
-    /// Builds an application and the boot ELF around it, and returns that ELF's path.
+    /// Builds an application and the boot ELF around it.
     ///
     /// # Errors
     /// When one of them does not build.
-    pub fn boot_elf(&self, application: Application) -> Result<PathBuf> {
+    pub fn images(&self, application: Application) -> Result<ImageFiles> {
         let hermit = self.hermit_elf(application)?;
         let mut command = self.cargo("images/boot");
-        command.env("UMBRA_HERMIT_ELF", hermit);
+        command.env("UMBRA_HERMIT_ELF", &hermit);
         Step::new(&format!("building the boot image of {application}")).run(&mut command)?;
-        let image = self
+        let boot = self
             .project
             .target("images")?
             .join(format!("{application}.elf"));
-        write_if_changed(&image, &read(&self.binary(BARE_METAL, "umbra-boot"))?)?;
-        Ok(image)
+        write_if_changed(&boot, &read(&self.binary(BARE_METAL, "umbra-boot"))?)?;
+        Ok(ImageFiles { boot, hermit })
     }
 
     fn build_guests(&self) -> Result<()> {

@@ -49,6 +49,11 @@ pub fn clean(program: impl AsRef<OsStr>) -> Command {
     command
 }
 
+/// The cargo that started us, or else the one of the search path.
+pub fn cargo() -> Command {
+    Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+}
+
 /// The same command, whose program is killed when the thread that starts it ends, whatever ends it.
 #[allow(unsafe_code)]
 pub fn die_with_us(command: &mut Command) -> &mut Command {

@@ -87,9 +87,9 @@ impl Config {
         usize::try_from(self.options.runs()).unwrap_or(usize::MAX)
     }
 
-    /// All guests' memory in bytes.
-    pub fn memory(&self) -> u64 {
-        self.options.memory()
+    /// The memory of the machine in MiB.
+    pub fn machine_memory_mib(&self) -> u64 {
+        self.options.machine_memory_mib()
     }
 
     /// The archive that Umbra reads as its boot module.
@@ -126,6 +126,8 @@ fn file(directory: &Path, name: &str) -> Option<PathBuf> {
 
 #[cfg(test)]
 mod tests {
+    use umbra_report::options::HOST_MEMORY_MIB;
+
     use super::*;
 
     fn read(text: &str) -> Result<Config> {
@@ -141,7 +143,8 @@ mod tests {
         let text = "memory = \"8M\"\n[[guest]]\nname = \"hello\"\n\
             [[guest]]\nname = \"b\"\nimage = \"kernel\"\n[[guest]]\nname = \"c\"\nimage = \"hello\"\n";
         let config = read(text).unwrap();
-        assert_eq!((config.reports(), config.memory()), (3, 24 << 20));
+        assert_eq!(config.reports(), 3);
+        assert_eq!(config.machine_memory_mib(), 24 + HOST_MEMORY_MIB);
         let names: Vec<_> = config.files.keys().map(String::as_str).collect();
         assert_eq!(names, ["hello", "kernel"]);
     }

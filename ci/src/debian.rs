@@ -143,11 +143,12 @@ fn dependency(description: &str, prefix: &str) -> Option<String> {
         .map(str::to_owned)
 }
 
-/// Takes the one regular file whose path begins with `prefix` out of a Debian package.
+/// Takes the first regular file whose path, which begins with a slash, contains `part` out of a Debian
+/// package.
 ///
 /// # Errors
 /// When there is none.
-pub fn take_file(package: &Path, prefix: &str, to: &Path) -> Result<()> {
+pub fn take_file(package: &Path, part: &str, to: &Path) -> Result<()> {
     let content = Command::new("dpkg-deb")
         .arg("--fsys-tarfile")
         .arg(package)
@@ -158,7 +159,7 @@ pub fn take_file(package: &Path, prefix: &str, to: &Path) -> Result<()> {
         let complaint = String::from_utf8_lossy(&content.stderr);
         bail!("dpkg-deb cannot unpack {name}: {}", complaint.trim());
     }
-    let file = find_in_tar(&content.stdout, prefix).with_context(|| format!("{name}"))?;
+    let file = find_in_tar(&content.stdout, part).with_context(|| format!("{name}"))?;
     // A file that is there is taken to be whole.
     let partial = to.with_extension("partial");
     fs::write(&partial, file)
@@ -166,19 +167,19 @@ pub fn take_file(package: &Path, prefix: &str, to: &Path) -> Result<()> {
         .with_context(|| format!("cannot write {}", to.display()))
 }
 
-fn find_in_tar(archive: &[u8], prefix: &str) -> Result<Vec<u8>> {
+fn find_in_tar(archive: &[u8], part: &str) -> Result<Vec<u8>> {
     let mut archive = tar::Archive::new(archive);
     for entry in archive.entries()? {
         let mut entry = entry?;
         let path = entry.path()?.to_string_lossy().into_owned();
-        let path = path.strip_prefix("./").unwrap_or(&path);
-        if path.starts_with(prefix) && entry.header().entry_type().is_file() {
+        let path = path.strip_prefix('.').unwrap_or(&path);
+        if path.contains(part) && entry.header().entry_type().is_file() {
             let mut content = Vec::new();
             entry.read_to_end(&mut content)?;
             return Ok(content);
         }
     }
-    bail!("it has no file {prefix}…");
+    bail!("it has no file …{part}…");
 }
 
 #[cfg(test)]
@@ -198,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_is_found_by_the_beginning_of_its_path() -> Result<()> {
+    fn a_file_is_found_by_a_part_of_its_path() -> Result<()> {
         let mut archive = tar::Builder::new(Vec::new());
         for (name, content) in [("./boot/config-6", "no"), ("./boot/vmlinuz-6", "kernel")] {
             let mut header = tar::Header::new_gnu();
@@ -206,9 +207,9 @@ mod tests {
             archive.append_data(&mut header, name, content.as_bytes())?;
         }
         let archive = archive.into_inner()?;
-        assert_eq!(find_in_tar(&archive, "boot/vmlinuz-")?, b"kernel");
-        let error = find_in_tar(&archive, "bin/busybox").unwrap_err();
-        assert_eq!(error.to_string(), "it has no file bin/busybox…");
+        assert_eq!(find_in_tar(&archive, "/boot/vmlinuz-")?, b"kernel");
+        let error = find_in_tar(&archive, "/bin/busybox").unwrap_err();
+        assert_eq!(error.to_string(), "it has no file …/bin/busybox…");
         Ok(())
     }
 }

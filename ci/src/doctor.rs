@@ -10,6 +10,7 @@ use crate::platform::Platform;
 use crate::project::{Project, invocation};
 use crate::setup::{self, Need};
 use crate::toolchain::Toolchain;
+use crate::uhyve;
 
 /// Prints it.
 ///
@@ -33,6 +34,11 @@ pub fn doctor(project: &Project) -> Result<()> {
     let disk = "SVM by software emulation, booted from the cloud's disk by";
     platform(Platform::DiskBios, &format!("{disk} a BIOS"), None);
     platform(Platform::DiskUefi, &format!("{disk} UEFI"), None);
+    platform(
+        Platform::Uhyve,
+        "uhyve on Linux with KVM, in QEMU's software emulation of SVM",
+        Some(uhyve::state(project)),
+    );
     processor();
     kvm();
     let us = invocation();
@@ -113,7 +119,9 @@ fn kvm() {
             };
             yes(
                 "kvm",
-                &format!("runs guests and offers them {nested}: `--on qemu-kvm` is the fastest"),
+                &format!(
+                    "runs guests and offers them {nested}: `--on qemu-kvm` is the fastest, `uhyve-kvm` runs uhyve"
+                ),
             );
         }
         Err(reason) => {
@@ -124,7 +132,7 @@ fn kvm() {
                 println!("{:11}     besides, {reason}", "");
             }
             println!(
-                "{:11}     instead: `--on qemu` emulates SVM, `--on bochs` emulates VMX",
+                "{:11}     instead: `--on qemu` and `uhyve` emulate SVM, `--on bochs` emulates VMX",
                 ""
             );
         }

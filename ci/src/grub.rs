@@ -150,9 +150,10 @@ pub struct Places {
 /// # Errors
 /// [`BadInput`] for an argument that GRUB cannot pass on.
 pub fn script(content: &Content<'_>, places: &Places) -> Result<String> {
+    check_arguments(content.kernel_arguments)?;
     check_arguments(content.arguments)?;
     let mut load = vec![format!("multiboot2 /{}", places.boot)];
-    load.extend(content.kernel_arguments.iter().cloned());
+    load.extend(content.kernel_arguments.iter().map(|word| quote(word)));
     load.push("--".to_owned());
     load.extend(content.arguments.iter().map(|argument| quote(argument)));
     let load = load.join(" ");

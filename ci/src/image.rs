@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use clap::builder::PossibleValue;
 use clap::{Args, ValueEnum};
-use serde::Deserialize;
+use umbra_report::hermit_image::{self, HermitImage, Input, Memory, Requirements};
 
 use crate::archive;
 use crate::build::{Application, Builder};
@@ -15,8 +15,8 @@ use crate::disk;
 use crate::grub::Content;
 use crate::input::BadInput;
 use crate::iso;
-use crate::keys::{self, Keys, LEAF};
 use crate::project::{Project, write_if_changed};
+use crate::run::{archive_memory_mib, host_memory_mib};
 use crate::setup::{self, Need};
 
 /// The options of `image`.
@@ -25,7 +25,7 @@ pub struct Options {
     /// What to make
     #[arg(long)]
     format: Format,
-    /// Guests to put onto an ISO or a disk, as this umbra.toml describes them
+    /// Guests to put into the image, as this umbra.toml describes them
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
 }
@@ -33,6 +33,7 @@ pub struct Options {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Format {
     Elf,
+    HermitElf,
     Hermit,
     Iso,
     Disk(disk::Format),
@@ -41,7 +42,7 @@ enum Format {
 impl Format {
     fn needs(self) -> Vec<Need> {
         match self {
-            Self::Elf | Self::Hermit => Vec::new(),
+            Self::Elf | Self::HermitElf | Self::Hermit => Vec::new(),
             Self::Iso => setup::for_iso(),
             Self::Disk(format) => format.needs(),
         }
@@ -52,6 +53,7 @@ impl ValueEnum for Format {
     fn value_variants<'a>() -> &'a [Self] {
         &[
             Self::Elf,
+            Self::HermitElf,
             Self::Hermit,
             Self::Iso,
             Self::Disk(disk::Format::Raw),
@@ -68,9 +70,13 @@ impl ValueEnum for Format {
                 "elf",
                 "One ELF for `qemu -kernel` and other PVH or Multiboot2 boot loaders",
             ),
+            Self::HermitElf => (
+                "hermit-elf",
+                "The Hermit ELF inside it, for `uhyve` and Hermit's own loader",
+            ),
             Self::Hermit => (
                 "hermit",
-                "A `.hermit` archive for uhyve and Hermit's own loader",
+                "A `.hermit` archive for the same two, with arguments and guests inside",
             ),
             Self::Iso => (
                 "iso",
@@ -105,14 +111,14 @@ pub fn image(project: &Project, options: &Options) -> Result<()> {
         .as_deref()
         .map(|path| Config::read(project, path))
         .transpose()?;
-    if config.is_some() && matches!(options.format, Format::Elf | Format::Hermit) {
+    if config.is_some() && matches!(options.format, Format::Elf | Format::HermitElf) {
         bail!(BadInput(
-            "--config puts files onto an ISO or a disk; this format has no place for them".into()
+            "--config puts files into an image; this format has no place for them".into()
         ));
     }
     setup::install(&options.format.needs())?;
     let builder = Builder::new(project)?;
-    let archive = match config {
+    let archive = match &config {
         Some(config) => {
             let path = project.target("images")?.join("guests.tar");
             write_if_changed(&path, &config.archive(&builder)?)?;
@@ -122,8 +128,9 @@ pub fn image(project: &Project, options: &Options) -> Result<()> {
     };
     let archive = archive.as_deref();
     let path = match options.format {
-        Format::Elf => builder.boot_elf(Application::Umbra)?,
-        Format::Hermit => hermit(project, &builder)?,
+        Format::Elf => builder.images(Application::Umbra)?.boot,
+        Format::HermitElf => builder.hermit_elf(Application::Umbra)?,
+        Format::Hermit => hermit(project, &builder, config.as_ref(), archive)?,
         Format::Iso => bootable_iso(project, &builder, archive)?,
         Format::Disk(format) => disk_image(project, &builder, archive, format)?,
     };
@@ -137,7 +144,7 @@ fn bootable_iso(
     builder: &Builder<'_>,
     archive: Option<&Path>,
 ) -> Result<PathBuf> {
-    let boot = builder.boot_elf(Application::Umbra)?;
+    let boot = builder.images(Application::Umbra)?.boot;
     let work = project.target("runs")?.join("image");
     fs::create_dir_all(&work)?;
     let path = project.target("images")?.join("umbra.iso");
@@ -157,7 +164,7 @@ fn disk_image(
     archive: Option<&Path>,
     format: disk::Format,
 ) -> Result<PathBuf> {
-    let boot = builder.boot_elf(Application::Umbra)?;
+    let boot = builder.images(Application::Umbra)?.boot;
     let content = Content {
         boot: &boot,
         kernel_arguments: &[],
@@ -167,80 +174,54 @@ fn disk_image(
     format.make(project, &content, &project.target("images")?)
 }
 
-fn hermit(project: &Project, builder: &Builder<'_>) -> Result<PathBuf> {
-    let config_path = project.root().join("hermit.toml");
-    let text = fs::read_to_string(&config_path)
-        .with_context(|| format!("cannot read {}", config_path.display()))?;
-    let config: HermitConfig = keys::parse(&config_path, &text, &CONFIG_KEYS)
-        .map_err(|error| BadInput(error.to_string()))?;
-    if config.version != "1" {
-        bail!(BadInput(format!(
-            "{}: version must be \"1\"",
-            config_path.display()
-        )));
-    }
-    crate::run::host_memory_mib(&config.input.app_args)
-        .with_context(|| format!("{}: app_args", config_path.display()))?;
+/// The image that `hermit.toml` describes, or one with the guests of `config`, which are in `archive`.
+fn hermit(
+    project: &Project,
+    builder: &Builder<'_>,
+    config: Option<&Config>,
+    archive: Option<&Path>,
+) -> Result<PathBuf> {
+    let archive = archive.map(fs::read).transpose()?;
+    let (text, kernel) = match (config, &archive) {
+        (Some(config), Some(archive)) => {
+            let mib = config.machine_memory_mib() + archive_memory_mib(archive);
+            let requirements = Requirements {
+                memory: Some(Memory::Text(format!("{mib} MiB"))),
+                cpus: 1,
+            };
+            let config = HermitImage::new(Input::default(), requirements);
+            (toml::to_string(&config)?, config.kernel)
+        }
+        _ => own_hermit_config(project)?,
+    };
     let elf = fs::read(builder.hermit_elf(Application::Umbra)?)?;
     let path = project.target("images")?.join("umbra.hermit");
-    write_if_changed(&path, &archive::hermit(&text, &config.kernel, &elf)?)?;
+    write_if_changed(
+        &path,
+        &archive::hermit(&text, &kernel, &elf, archive.as_deref())?,
+    )?;
     Ok(path)
 }
 
-/// The configuration of a Hermit image, version 1, as `hermit-entry` defines it.
-#[derive(Debug, Deserialize)]
-struct HermitConfig {
-    version: String,
-    kernel: String,
-    input: Input,
+/// The text of our own `hermit.toml`, whose arguments Umbra will accept, and the kernel's name in it.
+fn own_hermit_config(project: &Project) -> Result<(String, String)> {
+    let path = project.root().join(hermit_image::FILE);
+    let text =
+        fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    let config = HermitImage::read(&text).map_err(|error| BadInput(error.to_string()))?;
+    // Umbra gets them put together and taken apart again.
+    let words = shell_words::split(&config.input.app_args.join(" "))
+        .map_err(|error| BadInput(format!("{}: app_args: {error}", path.display())))?;
+    host_memory_mib(&words).with_context(|| format!("{}: app_args", path.display()))?;
+    Ok((text, config.kernel))
 }
-
-#[derive(Debug, Deserialize)]
-struct Input {
-    app_args: Vec<String>,
-}
-
-const CONFIG_KEYS: Keys = Keys(&[
-    ("version", LEAF),
-    ("kernel", LEAF),
-    (
-        "input",
-        Keys(&[
-            ("kernel_args", LEAF),
-            ("app_args", LEAF),
-            ("env_vars", LEAF),
-        ]),
-    ),
-    ("requirements", Keys(&[("memory", LEAF), ("cpus", LEAF)])),
-]);
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
     use super::*;
 
     #[test]
     fn our_own_configuration_is_good() {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../hermit.toml");
-        let text = fs::read_to_string(&path).unwrap();
-        let config: HermitConfig = keys::parse(&path, &text, &CONFIG_KEYS).unwrap();
-        assert_eq!(
-            (config.version.as_str(), config.kernel.as_str()),
-            ("1", "umbra")
-        );
-        crate::run::host_memory_mib(&config.input.app_args).unwrap();
-    }
-
-    #[test]
-    fn a_mistyped_key_names_the_nearest() {
-        let text = "version = \"1\"\nkernel = \"x\"\n[input]\napp_arg = []\n";
-        let error =
-            keys::parse::<HermitConfig>(Path::new("hermit.toml"), text, &CONFIG_KEYS).unwrap_err();
-        assert!(
-            error
-                .to_string()
-                .contains("`input.app_arg`; did you mean `app_args`?")
-        );
+        own_hermit_config(&Project::find().unwrap()).unwrap();
     }
 }

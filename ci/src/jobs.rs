@@ -1,6 +1,6 @@
 //! Scenarios as jobs: built, booted several at once, and judged.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -12,12 +12,12 @@ use umbra_inspect::trace::MARKER;
 use umbra_report::Report;
 
 use crate::archive;
-use crate::build::{Application, Builder, GuestFiles};
+use crate::build::{Application, Builder, GuestFiles, ImageFiles};
 use crate::config::Config;
 use crate::platform::{Boot, Console, Platform, Show};
 use crate::project::Project;
 use crate::report;
-use crate::run::{archive_memory_mib, host_memory_mib, machine_memory_mib};
+use crate::run::{archive_memory_mib, host_memory_mib};
 use crate::scenario::Scenario;
 use crate::second_serial::SecondSerial;
 use crate::setup;
@@ -54,8 +54,8 @@ struct Images {
     guests: BTreeMap<String, GuestFiles>,
     /// The configurations of several guests, with their archives.
     configs: BTreeMap<String, (Config, Vec<u8>)>,
-    umbra: Option<PathBuf>,
-    low_memory_callback: Option<PathBuf>,
+    umbra: Option<ImageFiles>,
+    low_memory_callback: Option<ImageFiles>,
 }
 
 impl Images {
@@ -70,12 +70,16 @@ impl Images {
             );
         }
         setup::install(&needs)?;
+        let platforms: BTreeSet<_> = jobs.iter().map(|job| job.platform).collect();
+        for platform in platforms {
+            platform.set_up(project)?;
+        }
         let builder = Builder::new(project)?;
         let build = |application| {
             let is_needed = jobs
                 .iter()
                 .any(|job| job.scenario.application == application);
-            is_needed.then(|| builder.boot_elf(application)).transpose()
+            is_needed.then(|| builder.images(application)).transpose()
         };
         let umbra = build(Application::Umbra)?;
         let low_memory_callback = build(Application::LowMemoryCallback)?;
@@ -100,12 +104,12 @@ impl Images {
         })
     }
 
-    fn of(&self, application: Application) -> Result<&Path> {
+    fn of(&self, application: Application) -> Result<&ImageFiles> {
         let image = match application {
             Application::Umbra => &self.umbra,
             Application::LowMemoryCallback => &self.low_memory_callback,
         };
-        image.as_deref().context("its image was not built")
+        image.as_ref().context("its image was not built")
     }
 }
 
@@ -224,7 +228,7 @@ fn boot(
         let archive = archive.as_ref().map_or(0, |(_, mib)| *mib);
         archive
             + match config {
-                Some((config, _)) => machine_memory_mib(config.memory()),
+                Some((config, _)) => config.machine_memory_mib(),
                 None => host_memory_mib(&scenario.memory_arguments())?,
             }
     };
@@ -232,9 +236,11 @@ fn boot(
     let boot = Boot {
         image: images.of(scenario.application)?,
         arguments: &scenario.umbra_arguments(),
+        environment: &scenario.environment,
         archive: archive.as_ref().map(|(path, _)| path.as_path()),
         memory_mib,
         hardware: scenario.hardware(),
+        uhyve: &scenario.uhyve,
         clock: scenario.clock,
         input: scenario.input(),
         second_serial: second_serial.as_ref(),

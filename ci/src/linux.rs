@@ -3,20 +3,17 @@
 //! Kernel and busybox come out of Debian's packages. All of it stays in `target/linux`: whoever wants
 //! a newer kernel removes that directory.
 
-use std::env;
-use std::ffi::OsString;
 use std::fs;
-use std::io::Write;
+use std::iter;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result};
-use cpio::NewcBuilder;
-use cpio::newc::{ModeFileType, trailer};
 
-use crate::command::Step;
+use crate::command::{self, Step};
 use crate::debian::{Apt, take_file};
 use crate::project::{Project, write_if_changed};
+use crate::ram_disk;
 use crate::vmlinux;
 
 /// What the kernel is told besides the user's own words: the console that Umbra shows, and to end a
@@ -25,11 +22,14 @@ pub const COMMAND_LINE: &str = "console=ttyS0 panic=-1";
 /// The guest's memory if the user does not say: Debian's kernel alone takes 52 MiB from 16 MiB on.
 pub const MEMORY: &str = "128M";
 
+/// Below `target`.
+const PLACE: &str = "linux";
 /// The package that depends on the current kernel.
 const KERNEL_PACKAGE: &str = "linux-image-cloud-amd64";
 const BUSYBOX_PACKAGE: &str = "busybox-static";
 const WORKLOAD_PACKAGE: &str = "umbra-workload";
-const WORKLOAD_TARGET: &str = "x86_64-unknown-linux-gnu";
+/// What programs for a small Linux are built for.
+pub const STATIC_TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// How the kernel is started.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,12 +54,8 @@ pub struct Linux {
 /// # Errors
 /// When something cannot be downloaded or built.
 pub fn set_up(project: &Project, protocol: Protocol) -> Result<Linux> {
-    let place = project.target("linux")?;
-    let kernel = place.join("vmlinuz");
-    if !kernel.exists() {
-        let package = Apt::new(&place)?.download_dependency(KERNEL_PACKAGE, "linux-image-")?;
-        take_file(&package, "boot/vmlinuz-", &kernel)?;
-    }
+    let place = project.target(PLACE)?;
+    let kernel = kernel(project)?.image;
     let kernel = match protocol {
         Protocol::Linux => kernel,
         Protocol::Pvh => {
@@ -73,11 +69,7 @@ pub fn set_up(project: &Project, protocol: Protocol) -> Result<Linux> {
             elf
         }
     };
-    let busybox = place.join("busybox");
-    if !busybox.exists() {
-        let package = Apt::new(&place)?.download(BUSYBOX_PACKAGE)?;
-        take_file(&package, "bin/busybox", &busybox)?;
-    }
+    let busybox = busybox(project)?;
     let init = project.root().join("images/linux/init");
     let workload = build_workload(project, &place)?;
     let files = [
@@ -94,21 +86,77 @@ pub fn set_up(project: &Project, protocol: Protocol) -> Result<Linux> {
         })
         .collect::<Result<Vec<_>>>()?;
     let initrd = place.join("initrd");
-    write_if_changed(&initrd, &initial_ram_disk(&files)?)?;
+    write_if_changed(&initrd, &ram_disk::make(&files)?)?;
     Ok(Linux { kernel, initrd })
+}
+
+/// Debian's kernel.
+#[derive(Clone, Debug)]
+pub struct Kernel {
+    /// The kernel itself, a bzImage.
+    pub image: PathBuf,
+    /// Those of its modules with which it is a hypervisor on AMD processors, in the order in which they
+    /// must be loaded.
+    pub modules: Vec<PathBuf>,
+}
+
+/// The modules of [`Kernel`].
+const MODULES: [&str; 3] = ["irqbypass", "kvm", "kvm-amd"];
+
+/// Downloads the kernel if it is missing.
+///
+/// # Errors
+/// When it cannot be downloaded.
+pub fn kernel(project: &Project) -> Result<Kernel> {
+    let place = project.target(PLACE)?;
+    let image = place.join("vmlinuz");
+    let modules = MODULES.map(|name| place.join(format!("{name}.ko")));
+    // Modules fit no other kernel than their own.
+    if !iter::once(&image).chain(&modules).all(|file| file.exists()) {
+        let package = Apt::new(&place)?.download_dependency(KERNEL_PACKAGE, "linux-image-")?;
+        for (name, module) in MODULES.iter().zip(&modules) {
+            take_file(&package, &format!("/{name}.ko"), module)?;
+        }
+        take_file(&package, "/boot/vmlinuz-", &image)?;
+    }
+    let modules = modules.to_vec();
+    Ok(Kernel { image, modules })
+}
+
+/// Downloads busybox, which needs no libraries, if it is missing.
+///
+/// # Errors
+/// When it cannot be downloaded.
+pub fn busybox(project: &Project) -> Result<PathBuf> {
+    let place = project.target(PLACE)?;
+    let busybox = place.join("busybox");
+    if !busybox.exists() {
+        let package = Apt::new(&place)?.download(BUSYBOX_PACKAGE)?;
+        take_file(&package, "/bin/busybox", &busybox)?;
+    }
+    Ok(busybox)
 }
 
 /// The workload as a program that needs no libraries.
 fn build_workload(project: &Project, place: &Path) -> Result<PathBuf> {
     let target_directory = place.join("build");
-    let cargo = env::var_os("CARGO").unwrap_or_else(|| OsString::from("cargo"));
-    let mut command = Command::new(cargo);
+    let mut command = cargo_for_static_programs();
     command
         .current_dir(project.root())
         .args(["build", "--release", "--package", WORKLOAD_PACKAGE])
-        .args(["--target", WORKLOAD_TARGET])
+        .args(["--target", STATIC_TARGET])
         .arg("--target-dir")
-        .arg(&target_directory)
+        .arg(&target_directory);
+    Step::new("building the Linux guest's workload").run(&mut command)?;
+    Ok(target_directory
+        .join(STATIC_TARGET)
+        .join("release/workload"))
+}
+
+/// Cargo for building programs for [`STATIC_TARGET`] that need no libraries.
+pub fn cargo_for_static_programs() -> Command {
+    let mut command = command::cargo();
+    command
         .env_remove("CARGO_ENCODED_RUSTFLAGS")
         .env_remove("CARGO_BUILD_TARGET")
         // At a fixed address, so that no process spends its first thousand page faults on relocation.
@@ -117,83 +165,5 @@ fn build_workload(project: &Project, place: &Path) -> Result<PathBuf> {
             "-C target-feature=+crt-static -C relocation-model=static",
         )
         .env("CARGO_PROFILE_RELEASE_STRIP", "true");
-    Step::new("building the Linux guest's workload").run(&mut command)?;
-    Ok(target_directory
-        .join(WORKLOAD_TARGET)
-        .join("release/workload"))
-}
-
-/// An uncompressed archive of executable files and the directories that they are in, with the
-/// console that the kernel opens for its first process. Byte for byte the same each time.
-fn initial_ram_disk(files: &[(&str, Vec<u8>)]) -> Result<Vec<u8>> {
-    const DIRECTORIES: [&str; 2] = ["bin", "dev"];
-    const CONSOLE: (u32, u32) = (5, 1);
-    let mut number = 0;
-    let mut entry = |name: &str, kind: ModeFileType, permissions: u32| {
-        number += 1;
-        NewcBuilder::new(name)
-            .ino(number)
-            .mode(permissions)
-            .set_mode_file_type(kind)
-    };
-    let mut archive = Vec::new();
-    for directory in DIRECTORIES {
-        archive = entry(directory, ModeFileType::Directory, 0o755)
-            .nlink(2)
-            .write(archive, 0)
-            .finish()?;
-    }
-    let console = entry("dev/console", ModeFileType::Char, 0o600);
-    archive = console
-        .rdev_major(CONSOLE.0)
-        .rdev_minor(CONSOLE.1)
-        .write(archive, 0)
-        .finish()?;
-    for (name, content) in files {
-        let size = u32::try_from(content.len()).with_context(|| format!("{name} is too large"))?;
-        let mut writer = entry(name, ModeFileType::Regular, 0o755).write(archive, size);
-        writer.write_all(content)?;
-        archive = writer.finish()?;
-    }
-    trailer(archive).context("cannot end the initial RAM disk")
-}
-
-#[cfg(test)]
-mod tests {
-    use std::io::Read;
-
-    use cpio::NewcReader;
-
-    use super::*;
-
-    #[test]
-    fn the_ram_disk_has_directories_before_their_files() -> Result<()> {
-        let archive = initial_ram_disk(&[("init", b"#!/bin/sh\n".to_vec())])?;
-        assert_eq!(
-            archive,
-            initial_ram_disk(&[("init", b"#!/bin/sh\n".to_vec())])?
-        );
-        let mut rest = &archive[..];
-        let mut found = Vec::new();
-        loop {
-            let mut reader = NewcReader::new(rest)?;
-            let entry = reader.entry().clone();
-            if entry.is_trailer() {
-                break;
-            }
-            let mut content = String::new();
-            reader.read_to_string(&mut content)?;
-            found.push((entry.name().to_owned(), entry.mode(), content));
-            rest = reader.finish()?;
-        }
-        let expected = [
-            ("bin", 0o40755, ""),
-            ("dev", 0o40755, ""),
-            ("dev/console", 0o20600, ""),
-            ("init", 0o100755, "#!/bin/sh\n"),
-        ];
-        let expected = expected.map(|(name, mode, content)| (name.into(), mode, content.into()));
-        assert_eq!(found, expected);
-        Ok(())
-    }
+    command
 }

@@ -25,6 +25,7 @@ mod linux;
 mod memtest;
 mod platform;
 mod project;
+mod ram_disk;
 mod report;
 mod run;
 mod scenario;
@@ -35,6 +36,7 @@ mod test;
 mod toolchain;
 mod trace;
 mod typing;
+mod uhyve;
 mod vmlinux;
 
 use std::process::ExitCode;

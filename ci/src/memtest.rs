@@ -13,7 +13,7 @@ use crate::project::Project;
 pub const COMMAND_LINE: &str = "console=ttyS0,115200 nopause nosmp nosm nobench";
 
 const PACKAGE: &str = "memtest86+";
-const FILE: &str = "boot/memtest86+x64.bin";
+const FILE: &str = "/boot/memtest86+x64.bin";
 
 /// Downloads it if it is not there yet, and returns the image.
 ///

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use umbra_report::options::{self, Request};
+use umbra_report::options::{self, HOST_MEMORY_MIB, Request};
 
 use crate::archive;
 use crate::build::{Application, Builder};
@@ -13,16 +13,13 @@ use crate::config::Config;
 use crate::disk;
 use crate::guest::{self, Source};
 use crate::input::BadInput;
-use crate::platform::{Boot, Clock, Console, Hardware, Platform, Show};
+use crate::platform::{Boot, Clock, Console, Hardware, Platform, Show, UhyveSettings};
 use crate::project::Project;
 use crate::report;
 use crate::second_serial::SecondSerial;
 use crate::setup;
 use crate::trace::Trace;
 use crate::typing::Input;
-
-/// What Umbra, Hermit and the boot stub need besides the guest's memory, in MiB.
-const HOST_MEMORY_MIB: u64 = 192;
 
 /// The options of `run`.
 #[derive(Args, Debug)]
@@ -96,7 +93,7 @@ pub fn run(project: &Project, options: &Options) -> Result<u8> {
     let arguments = arguments(options, source.as_ref());
     // Bad values are better refused here than after a boot.
     let mut memory_mib = match &config {
-        Some(config) => machine_memory_mib(config.memory()),
+        Some(config) => config.machine_memory_mib(),
         None => host_memory_mib(&arguments)?,
     };
     options.hardware.check(options.on)?;
@@ -104,12 +101,13 @@ pub fn run(project: &Project, options: &Options) -> Result<u8> {
     let initrd = options.initrd.as_deref().map(read).transpose()?;
 
     setup::install(&options.on.needs())?;
+    options.on.set_up(project)?;
     let builder = Builder::new(project)?;
     let files = source
         .as_ref()
         .map(|source| builder.guest_files(source))
         .transpose()?;
-    let image = builder.boot_elf(Application::Umbra)?;
+    let image = builder.images(Application::Umbra)?;
     let work = project.target("runs")?.join(format!("run-{}", options.on));
     fs::create_dir_all(&work)?;
     let archive = match (files, &config) {
@@ -148,9 +146,11 @@ pub fn run(project: &Project, options: &Options) -> Result<u8> {
     let boot = Boot {
         image: &image,
         arguments: &arguments,
+        environment: &[],
         archive: archive.as_deref(),
         memory_mib,
         hardware: options.hardware.clone(),
+        uhyve: &UhyveSettings::default(),
         clock: Clock::Time,
         input: Input::User,
         second_serial: second_serial.as_ref(),
@@ -238,16 +238,10 @@ fn arguments(options: &Options, source: Option<&Source>) -> Vec<String> {
 pub fn host_memory_mib(arguments: &[String]) -> Result<u64> {
     let request = options::parse(arguments.iter().map(String::as_str))
         .map_err(|error| BadInput(error.to_string()))?;
-    let guest = match request {
-        Request::Run(options) => options.memory(),
-        Request::Help => 0,
-    };
-    Ok(machine_memory_mib(guest))
-}
-
-/// The memory of a machine, in MiB, whose guests have so many bytes.
-pub fn machine_memory_mib(guests: u64) -> u64 {
-    guests.div_ceil(1 << 20) + HOST_MEMORY_MIB
+    Ok(match request {
+        Request::Run(options) => options.machine_memory_mib(),
+        Request::Help => HOST_MEMORY_MIB,
+    })
 }
 
 /// The memory that the machine needs besides, in MiB: the boot loader keeps the archive in it while

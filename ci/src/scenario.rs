@@ -20,7 +20,7 @@ use crate::disk;
 use crate::guest::{self, Guest, Source};
 use crate::input::BadInput;
 use crate::keys::{self, Keys, LEAF};
-use crate::platform::{Clock, Console, Hardware, Platform};
+use crate::platform::{Clock, Console, Hardware, Platform, UhyveSettings};
 use crate::project::Project;
 use crate::report;
 use crate::second_serial::{Exchange, SecondSerial};
@@ -89,6 +89,12 @@ pub struct Scenario {
     /// More arguments for Umbra, which nobody checks before.
     #[serde(default)]
     arguments: Vec<String>,
+    /// Environment variables for Umbra, each as `NAME=VALUE`.
+    #[serde(default)]
+    pub environment: Vec<String>,
+    /// What only uhyve has.
+    #[serde(default)]
+    pub uhyve: UhyveSettings,
     /// Whether it takes so long that it only runs when asked for.
     #[serde(default)]
     pub long: bool,
@@ -152,6 +158,8 @@ const KEYS: Keys = Keys(&[
     ("on_exhausted", LEAF),
     ("watchdog", LEAF),
     ("arguments", LEAF),
+    ("environment", LEAF),
+    ("uhyve", Keys(&[("options", LEAF), ("hermit_toml", LEAF)])),
     ("long", LEAF),
     ("input", LEAF),
     ("monitor", LEAF),
@@ -315,6 +323,8 @@ impl Scenario {
             watchdog: (guest.expect_exit_code == ExitCode::Watchdog.as_u8())
                 .then_some(GUEST_WATCHDOG_SECONDS),
             arguments: Vec::new(),
+            environment: Vec::new(),
+            uhyve: UhyveSettings::default(),
             long: guest.long,
             limit: two_minutes(),
             exit_code: guest.expect_exit_code,

@@ -1,15 +1,13 @@
 //! `cargo xtask test`: the host tests, then every scenario on each of its platforms.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::env;
-use std::ffi::OsString;
 use std::ops::AddAssign;
 use std::process::Command;
 
 use anyhow::Result;
 use clap::Args;
 
-use crate::command::Step;
+use crate::command::{self, Step};
 use crate::input::BadInput;
 use crate::jobs::{self, Job, Verdict};
 use crate::keys;
@@ -191,8 +189,7 @@ fn unmatched(filter: &str, names: &[String]) -> String {
 }
 
 fn cargo_test(project: &Project, filter: &str) -> Command {
-    let cargo = env::var_os("CARGO").unwrap_or_else(|| OsString::from("cargo"));
-    let mut command = Command::new(cargo);
+    let mut command = command::cargo();
     command
         .current_dir(project.root())
         .args(["test", "--workspace", "--no-fail-fast"]);

@@ -8,23 +8,28 @@
 use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
-use core::fmt;
 
 use toml::{Table, Value};
 
-use crate::options::{Name, edit_distance};
+use crate::file_error::FileError;
+use crate::options::Name;
+
+/// The file's name.
+pub const FILE: &str = "umbra.toml";
 
 /// Puts the options of a configuration file before those of a command line.
 ///
 /// # Errors
-/// The first mistake in the file, as [`ConfigError`]. Values are checked by
+/// The first mistake in the file, as [`FileError`]. Values are checked by
 /// [`crate::options::parse`].
-pub fn merge(text: &str, command_line: &[String]) -> Result<Vec<String>, ConfigError> {
+pub fn merge(text: &str, command_line: &[String]) -> Result<Vec<String>, FileError> {
     let mut merged = command_line.to_vec();
     if names(command_line, "--guest") {
         return Ok(merged);
     }
-    let file: Table = text.parse().map_err(|error| ConfigError::syntax(&error))?;
+    let file: Table = text
+        .parse()
+        .map_err(|error| FileError::parser(FILE, &error))?;
     let mut guests = Vec::new();
     for (key, value) in &file {
         if key == "guest" {
@@ -40,6 +45,44 @@ pub fn merge(text: &str, command_line: &[String]) -> Result<Vec<String>, ConfigE
     }
     merged.extend(guests);
     Ok(merged)
+}
+
+/// Puts the options that environment variables give before those of a command line, which overrule them:
+/// `UMBRA_MMU_PAGES=64` is `--mmu-pages=64`.
+///
+/// # Errors
+/// If a variable's name begins so and is no option's.
+pub fn merge_environment<'a>(
+    variables: impl IntoIterator<Item = (&'a str, &'a str)>,
+    command_line: &[String],
+) -> Result<Vec<String>, FileError> {
+    let known = TOP.map(variable);
+    let mut merged = Vec::new();
+    for (name, value) in variables {
+        if !name.starts_with(VARIABLE_PREFIX) {
+            continue;
+        }
+        let index = known.iter().position(|known| known == name);
+        let index =
+            index.ok_or_else(|| FileError::unknown("environment", "variable", name, &known))?;
+        let option = format!("--{}", TOP[index]);
+        if !names(command_line, &option) {
+            merged.push((index, format!("{option}={value}")));
+        }
+    }
+    // A guest comes last, for what comes before it is every guest's.
+    merged.sort_unstable();
+    let merged = merged.into_iter().map(|(_, argument)| argument);
+    Ok(merged.chain(command_line.iter().cloned()).collect())
+}
+
+/// What the name of each variable begins with.
+const VARIABLE_PREFIX: &str = "UMBRA_";
+
+/// The environment variable that is an option.
+fn variable(key: &str) -> String {
+    let name = key.replace('-', "_").to_ascii_uppercase();
+    format!("{VARIABLE_PREFIX}{name}")
 }
 
 /// The keys that stand at the top.
@@ -83,16 +126,22 @@ fn names(command_line: &[String], option: &str) -> bool {
     })
 }
 
-fn tables(value: &Value) -> Result<impl Iterator<Item = &Table>, ConfigError> {
+fn tables(value: &Value) -> Result<impl Iterator<Item = &Table>, FileError> {
     let array = value
         .as_array()
         .filter(|array| array.iter().all(Value::is_table));
-    let array = array.ok_or(ConfigError::NotTables)?;
+    let array =
+        array.ok_or_else(|| FileError::new(FILE, "guest must be written as [[guest]] tables"))?;
     Ok(array.iter().filter_map(Value::as_table))
 }
 
-fn guest(table: &Table) -> Result<Vec<String>, ConfigError> {
-    let name = table.get("name").ok_or(ConfigError::NoName)?;
+fn guest(table: &Table) -> Result<Vec<String>, FileError> {
+    let name = table.get("name").ok_or_else(|| {
+        FileError::new(
+            FILE,
+            "a [[guest]] has no name: give it one, as in name = \"a\"",
+        )
+    })?;
     let mut arguments = Vec::from([argument(Name::Guest, "name", name)?]);
     for (key, value) in table.iter().filter(|(key, _)| *key != "name") {
         arguments.push(argument(option(key, &GUEST)?, key, value)?);
@@ -100,99 +149,27 @@ fn guest(table: &Table) -> Result<Vec<String>, ConfigError> {
     Ok(arguments)
 }
 
-fn option(key: &str, known: &[&'static str]) -> Result<Name, ConfigError> {
+fn option(key: &str, known: &[&'static str]) -> Result<Name, FileError> {
     let is_known = known.contains(&key);
     let name = Name::ALL
         .into_iter()
         .find(|name| is_known && name.text().trim_start_matches('-') == key);
-    name.ok_or_else(|| ConfigError::UnknownKey {
-        key: key.to_string(),
-        nearest: known
-            .iter()
-            .map(|name| (edit_distance(key, name), *name))
-            .min()
-            .filter(|(distance, name)| *distance <= name.len() / 2)
-            .map(|(_, name)| name),
-    })
+    name.ok_or_else(|| FileError::unknown(FILE, "key", key, known))
 }
 
-fn argument(option: Name, key: &str, value: &Value) -> Result<String, ConfigError> {
+fn argument(option: Name, key: &str, value: &Value) -> Result<String, FileError> {
     let value = match value {
         Value::String(text) => text.clone(),
         Value::Integer(number) => number.to_string(),
         _ => {
-            return Err(ConfigError::BadKind {
-                key: key.to_string(),
-            });
+            return Err(FileError::new(
+                FILE,
+                format!("the value of {key:?} must be a text between quotes or a whole number"),
+            ));
         }
     };
     Ok(format!("{}={value}", option.text()))
 }
-
-/// What is wrong with a configuration file. Its text is one line.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub enum ConfigError {
-    /// It is not TOML.
-    Syntax {
-        /// Which byte of the file the parser complains about.
-        offset: usize,
-        /// What it says.
-        message: String,
-    },
-    /// There is no such key.
-    UnknownKey {
-        /// What was given.
-        key: String,
-        /// The key with the most similar name, if any is similar.
-        nearest: Option<&'static str>,
-    },
-    /// A value is neither a text nor a whole number.
-    BadKind {
-        /// Its key.
-        key: String,
-    },
-    /// A guest has no name.
-    NoName,
-    /// `guest` is not a list of tables.
-    NotTables,
-}
-
-impl ConfigError {
-    fn syntax(error: &toml::de::Error) -> Self {
-        Self::Syntax {
-            offset: error.span().map_or(0, |span| span.start),
-            message: error.message().replace(['\n', '\r'], " "),
-        }
-    }
-}
-
-impl fmt::Display for ConfigError {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str("umbra.toml: ")?;
-        match self {
-            Self::Syntax { offset, message } => {
-                write!(formatter, "at byte {offset}: {message}")
-            }
-            Self::UnknownKey {
-                key,
-                nearest: Some(nearest),
-            } => write!(formatter, "unknown key {key:?}: did you mean {nearest:?}?"),
-            Self::UnknownKey { key, nearest: None } => {
-                write!(formatter, "unknown key {key:?}: see --help for the options")
-            }
-            Self::BadKind { key } => write!(
-                formatter,
-                "the value of {key:?} must be a text between quotes or a whole number"
-            ),
-            Self::NoName => {
-                formatter.write_str("a [[guest]] has no name: give it one, as in name = \"a\"")
-            }
-            Self::NotTables => formatter.write_str("guest must be written as [[guest]] tables"),
-        }
-    }
-}
-
-impl core::error::Error for ConfigError {}
 
 #[cfg(test)]
 mod tests {
@@ -232,6 +209,34 @@ mod tests {
     }
 
     #[test]
+    fn the_environment_comes_before_the_command_line() {
+        let merged = |variables: &[(&'static str, &'static str)], command_line: &[&str]| {
+            let command_line: Vec<_> = command_line.iter().map(ToString::to_string).collect();
+            merge_environment(variables.iter().copied(), &command_line)
+        };
+        let variables = [
+            ("UMBRA_GUEST", "a"),
+            ("HOME", "/"),
+            ("UMBRA_MMU_PAGES", "64"),
+            ("UMBRA_APPEND", "x y"),
+        ];
+        assert_eq!(
+            merged(&variables, &["--timeout=3"]).unwrap(),
+            ["--append=x y", "--mmu-pages=64", "--guest=a", "--timeout=3"]
+        );
+        assert_eq!(
+            merged(&variables[..3], &["--guest", "b", "--mmu-pages=65"]).unwrap(),
+            ["--guest", "b", "--mmu-pages=65"]
+        );
+        assert_eq!(
+            merged(&[("UMBRA_MEMROY", "1M")], &[])
+                .unwrap_err()
+                .to_string(),
+            "environment: unknown variable \"UMBRA_MEMROY\": did you mean \"UMBRA_MEMORY\"?"
+        );
+    }
+
+    #[test]
     fn every_key_of_the_lists_is_an_option() {
         for key in TOP.iter().chain(&GUEST).filter(|key| **key != "name") {
             let text = format!("--{key}");
@@ -246,7 +251,7 @@ mod tests {
             error("memmory = \"1M\""),
             "umbra.toml: unknown key \"memmory\": did you mean \"memory\"?"
         );
-        assert!(error("zzzzzzzz = 1").contains("see --help"));
+        assert!(error("zzzzzzzz = 1").contains("there are: image, initrd"));
         assert!(error("help = 1").contains("unknown key"));
         assert!(error("[[guest]]\nmemory = 1").contains("has no name"));
         assert!(error("[[guest]]\nname = \"a\"\nguest = 1").contains("unknown key \"guest\""));

@@ -12,10 +12,13 @@ extern crate alloc;
 
 pub mod config;
 mod exit_code;
+mod file_error;
+pub mod hermit_image;
 pub mod options;
 mod report;
 
 pub use exit_code::{ExitCode, Outcome, UnknownExitCode};
+pub use file_error::FileError;
 pub use report::{
     Driver, Exhausted, FaultRates, HeapCounters, MARKER, MmuCounters, Report, ReportError,
 };

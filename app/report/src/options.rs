@@ -39,7 +39,9 @@ Umbra runs guests, whose files the boot loader passes as modules or in one tar a
   --help             print this text
 
 A boot module named umbra.toml holds the same options as keys, and guests as [[guest]] tables; it is
-read if the command line names no guest.
+read if the command line names no guest. An option may also be an environment variable, as in
+UMBRA_MMU_PAGES=64. The command line overrules the environment, which overrules the file. Under uhyve,
+files of the .hermit image or of --file-mapping are boot modules.
 ";
 
 /// The guest's RAM if `--memory` is not given, in bytes.
@@ -57,6 +59,9 @@ pub const MAXIMUM_MMU_PAGES: u64 = 1 << 30;
 pub const MAXIMUM_REPEAT: u64 = 1_000_000;
 /// The longest time limit in seconds: one year.
 pub const MAXIMUM_TIMEOUT: u64 = 365 * 24 * 60 * 60;
+
+/// What Umbra, Hermit and the boot stub need besides the guests' memory, in MiB.
+pub const HOST_MEMORY_MIB: u64 = 192;
 
 const PAGE_SIZE: u64 = 4096;
 
@@ -80,6 +85,11 @@ impl Options {
     /// How many runs there are, if none fails.
     pub fn runs(&self) -> u64 {
         self.guests.iter().map(|guest| guest.repeat).sum()
+    }
+
+    /// The memory in MiB of a machine that these guests run on in comfort.
+    pub fn machine_memory_mib(&self) -> u64 {
+        self.memory().div_ceil(1 << 20) + HOST_MEMORY_MIB
     }
 
     /// The memory of all guests together, in bytes.

@@ -2,17 +2,16 @@
 //! time-stamp counter, where that counts instructions.
 
 use std::fs;
-use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Result, bail};
 
 use super::Measurement;
 use crate::archive;
-use crate::build::{Application, Builder};
+use crate::build::{Application, Builder, ImageFiles};
 use crate::disk;
 use crate::guest::{self, Source};
-use crate::platform::{Boot, Clock, Console, Ending, Hardware, Platform, Show};
+use crate::platform::{Boot, Clock, Console, Ending, Hardware, Platform, Show, UhyveSettings};
 use crate::project::Project;
 use crate::run::{archive_memory_mib, host_memory_mib};
 use crate::setup;
@@ -45,7 +44,7 @@ pub(super) fn measure(project: &Project) -> Result<Vec<Measurement>> {
         setup::install(&platform.needs())?;
     }
     let builder = Builder::new(project)?;
-    let image = builder.boot_elf(Application::Umbra)?;
+    let image = builder.images(Application::Umbra)?;
     let source = Source::find(&guest::own(project)?, GUEST)?;
     let guest = fs::read(builder.guest_files(&source)?.image)?;
     let archive = archive::guest(&guest, None)?;
@@ -73,7 +72,12 @@ pub(super) fn measure(project: &Project) -> Result<Vec<Measurement>> {
 }
 
 /// Runs the guest, and returns what it printed.
-fn boot(project: &Project, platform: Platform, image: &Path, archive: &[u8]) -> Result<String> {
+fn boot(
+    project: &Project,
+    platform: Platform,
+    image: &ImageFiles,
+    archive: &[u8],
+) -> Result<String> {
     let work = project.target("runs")?.join(format!("bench-{platform}"));
     fs::create_dir_all(&work)?;
     let path = work.join("guest.tar");
@@ -83,9 +87,11 @@ fn boot(project: &Project, platform: Platform, image: &Path, archive: &[u8]) -> 
     let boot = Boot {
         image,
         arguments: &arguments,
+        environment: &[],
         archive: Some(&path),
         memory_mib: host_memory_mib(&[])? + archive_memory_mib(archive),
         hardware: Hardware::default(),
+        uhyve: &UhyveSettings::default(),
         clock: Clock::Instructions,
         input: Input::Script(&[]),
         second_serial: None,

@@ -32,9 +32,11 @@ const CONNECTION_LIMIT: Duration = Duration::from_secs(20);
 
 pub(super) fn run(project: &Project, boot: &Boot<'_>, console: &Console) -> Result<Ending> {
     let iso = boot.work.join("umbra.iso");
+    let mut kernel_arguments = vec!["-freq".to_owned(), INSTRUCTIONS_PER_MICROSECOND.to_string()];
+    kernel_arguments.extend(boot.kernel_arguments());
     let content = Content {
-        boot: boot.image,
-        kernel_arguments: &["-freq".to_owned(), INSTRUCTIONS_PER_MICROSECOND.to_string()],
+        boot: &boot.image.boot,
+        kernel_arguments: &kernel_arguments,
         arguments: boot.arguments,
         archive: boot.archive,
     };

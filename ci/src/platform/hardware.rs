@@ -37,9 +37,11 @@ impl Hardware {
             ("smp", self.processors.is_some()),
         ];
         let first = given.into_iter().find_map(|(part, is)| is.then_some(part));
-        if platform == Platform::Bochs
-            && let Some(part) = first
-        {
+        let is_fixed = matches!(
+            platform,
+            Platform::Bochs | Platform::Uhyve | Platform::UhyveKvm
+        );
+        if is_fixed && let Some(part) = first {
             return refuse(part, "only QEMU's machines can be put together");
         }
         let is_microvm = self
@@ -70,6 +72,7 @@ mod tests {
         };
         let is_good = |hardware: &Hardware, platform| hardware.check(platform).is_ok();
         assert!(is_good(&usual, Platform::Bochs) && !is_good(&processors, Platform::Bochs));
+        assert!(is_good(&usual, Platform::Uhyve) && !is_good(&processors, Platform::Uhyve));
         assert!(is_good(&processors, Platform::IsoUefi) && is_good(&microvm, Platform::Qemu));
         assert!(!is_good(&microvm, Platform::IsoBios));
     }

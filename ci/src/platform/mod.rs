@@ -6,26 +6,33 @@
 mod bochs;
 mod hardware;
 mod qemu;
+mod uhyve;
 
 use std::fmt;
 use std::io::{Read, Write};
 use std::path::Path;
+use std::process::{Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
+use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 use umbra_inspect::trace;
 use umbra_report::Driver;
 
 pub use self::hardware::Hardware;
 use self::qemu::{Accelerator, Firmware};
+pub use self::uhyve::Settings as UhyveSettings;
+use crate::build::ImageFiles;
+use crate::command::die_with_us;
 use crate::disk;
 use crate::kvm;
 use crate::project::Project;
+use crate::report;
 use crate::second_serial::SecondSerial;
 use crate::setup::{self, Need};
-use crate::typing::Input;
+use crate::typing::{End, Input};
 
 /// A machine to boot on, by its name on the command line and in scenarios.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum, serde::Deserialize)]
@@ -43,6 +50,10 @@ pub enum Platform {
     DiskBios,
     /// The disk image in QEMU, booted by UEFI
     DiskUefi,
+    /// uhyve on Linux with KVM, in QEMU
+    Uhyve,
+    /// uhyve on this host
+    UhyveKvm,
     /// Bochs's emulation of an Intel CPU with VMX, booted by GRUB from an ISO image
     Bochs,
 }
@@ -55,7 +66,8 @@ impl Platform {
     pub fn needs(self) -> Vec<Need> {
         let qemu = setup::for_qemu();
         match self {
-            Self::Qemu | Self::QemuKvm => qemu,
+            Self::Qemu | Self::QemuKvm | Self::Uhyve => qemu,
+            Self::UhyveKvm => Vec::new(),
             Self::IsoBios => [qemu, setup::for_iso()].concat(),
             Self::IsoUefi => [qemu, setup::for_iso(), setup::for_uefi()].concat(),
             Self::DiskBios => [qemu, setup::for_disk()].concat(),
@@ -67,7 +79,7 @@ impl Platform {
     /// Why this host cannot boot on the platform, whatever is installed, and what would help.
     pub fn obstacle(self) -> Option<String> {
         match self {
-            Self::QemuKvm => kvm::preflight()
+            Self::QemuKvm | Self::UhyveKvm => kvm::preflight()
                 .err()
                 .map(|reason| format!("{reason}; {}", reason.fix())),
             _ => None,
@@ -77,11 +89,32 @@ impl Platform {
     /// The driver that Umbra must have run its guest with; none where that is the host's to say.
     pub fn driver(self) -> Option<Driver> {
         match self {
-            Self::Qemu | Self::IsoBios | Self::IsoUefi | Self::DiskBios | Self::DiskUefi => {
-                Some(Driver::Svm)
-            }
+            Self::Qemu
+            | Self::IsoBios
+            | Self::IsoUefi
+            | Self::DiskBios
+            | Self::DiskUefi
+            | Self::Uhyve => Some(Driver::Svm),
             Self::Bochs => Some(Driver::Vmx),
-            Self::QemuKvm => None,
+            Self::QemuKvm | Self::UhyveKvm => None,
+        }
+    }
+
+    /// Downloads and builds what it needs besides packages.
+    ///
+    /// # Errors
+    /// When that fails.
+    pub fn set_up(self, project: &Project) -> Result<()> {
+        match self {
+            Self::Uhyve => uhyve::set_up(project),
+            Self::UhyveKvm => uhyve::set_up_native(project),
+            Self::Qemu
+            | Self::QemuKvm
+            | Self::IsoBios
+            | Self::IsoUefi
+            | Self::DiskBios
+            | Self::DiskUefi
+            | Self::Bochs => Ok(()),
         }
     }
 
@@ -113,6 +146,8 @@ impl Platform {
             Self::IsoUefi => qemu::run_iso(project, Firmware::Uefi, boot, console),
             Self::DiskBios => qemu::run_disk(project, Firmware::Bios, boot, console),
             Self::DiskUefi => qemu::run_disk(project, Firmware::Uefi, boot, console),
+            Self::Uhyve => uhyve::run(project, boot, console),
+            Self::UhyveKvm => uhyve::run_native(project, boot, console),
             Self::Bochs => bochs::run(project, boot, console),
         }
     }
@@ -127,6 +162,8 @@ impl fmt::Display for Platform {
             Self::IsoUefi => "iso-uefi",
             Self::DiskBios => "disk-bios",
             Self::DiskUefi => "disk-uefi",
+            Self::Uhyve => "uhyve",
+            Self::UhyveKvm => "uhyve-kvm",
             Self::Bochs => "bochs",
         })
     }
@@ -134,16 +171,20 @@ impl fmt::Display for Platform {
 
 /// One boot of the image.
 pub struct Boot<'a> {
-    /// The boot ELF.
-    pub image: &'a Path,
+    /// The application.
+    pub image: &'a ImageFiles,
     /// Umbra's arguments.
     pub arguments: &'a [String],
+    /// Umbra's environment variables, each as `NAME=VALUE`.
+    pub environment: &'a [String],
     /// The guest archive, if the guest is not one that the image carries.
     pub archive: Option<&'a Path>,
     /// The emulated machine's memory in MiB: the guest's, and what Umbra and Hermit need.
     pub memory_mib: u64,
     /// What else the machine is made of.
     pub hardware: Hardware,
+    /// What only uhyve has.
+    pub uhyve: &'a UhyveSettings,
     /// What the machine's clock follows.
     pub clock: Clock,
     /// What is typed at the console.
@@ -156,6 +197,16 @@ pub struct Boot<'a> {
     pub disk: disk::Format,
     /// A directory for this boot's files.
     pub work: &'a Path,
+}
+
+impl Boot<'_> {
+    /// The Hermit kernel's arguments that carry the environment.
+    fn kernel_arguments(&self) -> Vec<String> {
+        let variables = self.environment.iter();
+        variables
+            .map(|variable| format!("env={variable}"))
+            .collect()
+    }
 }
 
 /// What an emulated machine's clock follows. Bochs's always counts instructions.
@@ -187,6 +238,68 @@ impl Ending {
     fn quit() -> Self {
         Self::Failed("ended by Ctrl-A x".to_owned())
     }
+}
+
+/// Runs an emulator, whose standard input and output are the console, to its end; `code` says what its
+/// status means.
+fn run_command(
+    mut command: Command,
+    boot: &Boot<'_>,
+    console: &Console,
+    code: impl Fn(ExitStatus, &Console) -> Option<u8>,
+) -> Result<Ending> {
+    let program = command.get_program().to_string_lossy().into_owned();
+    command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let child = die_with_us(&mut command).spawn();
+    let mut child = child.with_context(|| format!("cannot start {program}"))?;
+    let keyboard = child.stdin.take().context("the console has no input")?;
+    let output = child.stdout.take().context("the console has no output")?;
+    let complaints = child.stderr.take();
+    let reader = thread::spawn({
+        let console = console.clone();
+        move || console.record(output)
+    });
+    let complaints = thread::spawn(move || complaints.map(std::io::read_to_string));
+    let typing = boot.input.start(keyboard, console);
+    let end = typing.wait(&mut child, boot.limit)?;
+    let _ = reader.join();
+    let complaints = complaints
+        .join()
+        .ok()
+        .flatten()
+        .and_then(Result::ok)
+        .unwrap_or_default();
+    let complaints: Vec<_> = complaints.lines().filter(|line| is_news(line)).collect();
+    let complaints = complaints.join("\n");
+    Ok(match end {
+        End::Quit => Ending::quit(),
+        End::TooLong => Ending::too_long(boot.limit),
+        End::Exited(status) => match code(status, console) {
+            Some(code) => Ending::Exit(code),
+            None => Ending::Failed(
+                format!("{program} ended without an exit code of Umbra's ({status}) {complaints}")
+                    .trim_end()
+                    .to_owned(),
+            ),
+        },
+    })
+}
+
+/// Whether a line of QEMU's is worth showing: that the emulation lacks a feature of the CPU is not.
+fn is_news(line: &str) -> bool {
+    !line.contains("TCG doesn't support requested feature")
+}
+
+/// Umbra's exit code on a machine without `isa-debug-exit`, which it powers off by ACPI after its line
+/// `exit status N`.
+fn exit_code_on_console(status: ExitStatus, console: &Console) -> Option<u8> {
+    status
+        .success()
+        .then(|| report::exit_status(&console.text()))
+        .flatten()
 }
 
 /// Whether the console is shown while it is recorded.

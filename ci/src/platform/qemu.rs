@@ -5,19 +5,16 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::{Command, ExitStatus, Stdio};
-use std::thread;
+use std::process::{Command, ExitStatus};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 
-use super::{Boot, Clock, Console, Ending};
-use crate::command::{clean, die_with_us};
+use super::{Boot, Clock, Console, Ending, exit_code_on_console, run_command};
+use crate::command::clean;
 use crate::grub::Content;
 use crate::iso;
 use crate::project::Project;
-use crate::report;
 use crate::setup::{UEFI_CODE, UEFI_VARIABLES};
-use crate::typing::End;
 
 pub(super) fn run(accelerator: Accelerator, boot: &Boot<'_>, console: &Console) -> Result<Ending> {
     let command = kernel_command(accelerator, boot);
@@ -32,8 +29,9 @@ pub(super) fn run_iso(
     console: &Console,
 ) -> Result<Ending> {
     let iso = boot.work.join("umbra.iso");
-    iso::write(project, &content(boot), boot.work, &iso)?;
-    let mut command = machine("pc", Accelerator::Emulation, boot);
+    let kernel_arguments = boot.kernel_arguments();
+    iso::write(project, &content(boot, &kernel_arguments), boot.work, &iso)?;
+    let mut command = machine("pc", Accelerator::Emulation, boot.memory_mib, boot);
     add_firmware(&mut command, firmware, boot)?;
     command.arg("-cdrom").arg(iso);
     run_command(command, boot, console, exit_code_on_console)
@@ -46,9 +44,11 @@ pub(super) fn run_disk(
     boot: &Boot<'_>,
     console: &Console,
 ) -> Result<Ending> {
-    let image = boot.disk.make(project, &content(boot), boot.work)?;
+    let kernel_arguments = boot.kernel_arguments();
+    let content = content(boot, &kernel_arguments);
+    let image = boot.disk.make(project, &content, boot.work)?;
     let disk = boot.disk.bootable(image)?;
-    let mut command = machine("q35", Accelerator::Emulation, boot);
+    let mut command = machine("q35", Accelerator::Emulation, boot.memory_mib, boot);
     add_firmware(&mut command, firmware, boot)?;
     // What the guest of a cloud writes is no concern of the image.
     let drive = format!(
@@ -60,64 +60,13 @@ pub(super) fn run_disk(
     run_command(command, boot, console, exit_code_on_console)
 }
 
-fn content<'a>(boot: &'a Boot<'_>) -> Content<'a> {
+fn content<'a>(boot: &'a Boot<'_>, kernel_arguments: &'a [String]) -> Content<'a> {
     Content {
-        boot: boot.image,
-        kernel_arguments: &[],
+        boot: &boot.image.boot,
+        kernel_arguments,
         arguments: boot.arguments,
         archive: boot.archive,
     }
-}
-
-/// Runs QEMU to its end; `code` says what its status means.
-fn run_command(
-    mut command: Command,
-    boot: &Boot<'_>,
-    console: &Console,
-    code: impl Fn(ExitStatus, &Console) -> Option<u8>,
-) -> Result<Ending> {
-    command
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
-    let child = die_with_us(&mut command).spawn();
-    let mut child = child.context("cannot start qemu-system-x86_64")?;
-    let keyboard = child.stdin.take().context("QEMU has no input")?;
-    let output = child.stdout.take().context("QEMU has no output")?;
-    let complaints = child.stderr.take();
-    let reader = thread::spawn({
-        let console = console.clone();
-        move || console.record(output)
-    });
-    let complaints = thread::spawn(move || complaints.map(std::io::read_to_string));
-    let typing = boot.input.start(keyboard, console);
-    let end = typing.wait(&mut child, boot.limit)?;
-    let _ = reader.join();
-    let complaints = complaints
-        .join()
-        .ok()
-        .flatten()
-        .and_then(Result::ok)
-        .unwrap_or_default();
-    let complaints: Vec<_> = complaints.lines().filter(|line| is_news(line)).collect();
-    let complaints = complaints.join("\n");
-    Ok(match end {
-        End::Quit => Ending::quit(),
-        End::TooLong => Ending::too_long(boot.limit),
-        End::Exited(status) => match code(status, console) {
-            Some(code) => Ending::Exit(code),
-            None => Ending::Failed(
-                format!("QEMU ended without an exit code of Umbra's ({status}) {complaints}")
-                    .trim_end()
-                    .to_owned(),
-            ),
-        },
-    })
-}
-
-/// Whether a line of QEMU's is worth showing: that the emulation lacks a feature of the CPU is not.
-fn is_news(line: &str) -> bool {
-    !line.contains("TCG doesn't support requested feature")
 }
 
 /// The machine's firmware.
@@ -134,14 +83,23 @@ pub(super) enum Firmware {
 pub(super) enum Accelerator {
     /// QEMU.
     Emulation,
+    /// QEMU, for a KVM inside. Its emulation of nested paging does not run guests with PAE, and it forgets
+    /// which state components the guest of a guest has enabled.
+    EmulationForKvm,
     /// The host's processor.
     Kvm,
 }
 
 /// The machine without what it boots; `kind` is QEMU's name for it, unless the user chose another.
-fn machine(kind: &str, accelerator: Accelerator, boot: &Boot<'_>) -> Command {
+pub(super) fn machine(
+    kind: &str,
+    accelerator: Accelerator,
+    memory_mib: u64,
+    boot: &Boot<'_>,
+) -> Command {
     let (name, processor) = match accelerator {
         Accelerator::Emulation => ("tcg", "EPYC,+svm"),
+        Accelerator::EmulationForKvm => ("tcg", "EPYC,+svm,-npt,-xsave"),
         Accelerator::Kvm => ("kvm", "host"),
     };
     let hardware = &boot.hardware;
@@ -149,7 +107,7 @@ fn machine(kind: &str, accelerator: Accelerator, boot: &Boot<'_>) -> Command {
     command.args(["-machine", hardware.machine.as_deref().unwrap_or(kind)]);
     command.args(["-cpu", hardware.cpu.as_deref().unwrap_or(processor)]);
     command.args(["-accel", name, "-nodefaults", "-no-reboot"]);
-    command.arg("-m").arg(format!("{}M", boot.memory_mib));
+    command.arg("-m").arg(format!("{memory_mib}M"));
     command.args(["-display", "none", "-serial", "stdio"]);
     if let Some(second) = boot.second_serial {
         let port = second.port();
@@ -185,25 +143,18 @@ fn add_firmware(command: &mut Command, firmware: Firmware, boot: &Boot<'_>) -> R
 }
 
 fn kernel_command(accelerator: Accelerator, boot: &Boot<'_>) -> Command {
-    let mut command = machine("pc", accelerator, boot);
+    let mut command = machine("pc", accelerator, boot.memory_mib, boot);
     command.args(["-device", "isa-debug-exit,iobase=0xf4,iosize=4"]);
-    command.arg("-kernel").arg(boot.image);
-    command
-        .arg("-append")
-        .arg(format!("umbra -- {}", shell_words::join(boot.arguments)));
+    command.arg("-kernel").arg(&boot.image.boot);
+    let mut words = vec!["umbra".to_owned()];
+    words.extend(boot.kernel_arguments());
+    words.push("--".to_owned());
+    words.extend_from_slice(boot.arguments);
+    command.arg("-append").arg(shell_words::join(words));
     if let Some(archive) = boot.archive {
         command.arg("-initrd").arg(archive);
     }
     command
-}
-
-/// Umbra's exit code on a machine without `isa-debug-exit`, which it powers off by ACPI after its line
-/// `exit status N`.
-fn exit_code_on_console(status: ExitStatus, console: &Console) -> Option<u8> {
-    status
-        .success()
-        .then(|| report::exit_status(&console.text()))
-        .flatten()
 }
 
 /// Umbra's exit code; `None` when QEMU ended for another reason. A triple fault of the host ends

@@ -30,6 +30,7 @@ mod rsdp;
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::arch::{asm, global_asm};
+use core::fmt;
 use core::mem::MaybeUninit;
 use core::num::{NonZeroU16, NonZeroU64};
 use core::ops::Range;
@@ -95,14 +96,14 @@ extern "C" fn start(protocol: u64, information: u64) -> ! {
 
     let usable = usable_memory(memory.clone(), &boot, &image);
     let size: u64 = usable.iter().map(|range| range.end - range.start).sum();
-    if size < MINIMUM_MEMORY {
-        fail(
-            ExitCode::OutOfMemory,
-            format_args!(
-                "only {} KiB of memory are free, 16 MiB are needed",
-                size >> 10
-            ),
+    if let Some(missing) = MINIMUM_MEMORY.checked_sub(size)
+        && missing > 0
+    {
+        let what = format_args!(
+            "only {} KiB of memory are free, 16 MiB are needed",
+            size >> 10
         );
+        fail_without_memory(what, &memory, missing);
     }
 
     let rsdp = boot.rsdp.map(|rsdp| rsdp.leak().as_ptr() as u64);
@@ -186,10 +187,8 @@ fn lift_modules(memory: &[Range<u64>], boot: &mut BootInformation, stub: &Range<
         let place =
             physical::place(&free, size, PAGE, stub.end).filter(|place| place.end <= 4 << 30);
         let Some(place) = place else {
-            fail(
-                ExitCode::OutOfMemory,
-                format_args!("there are no {} KiB of memory for a module", size >> 10),
-            )
+            let what = format_args!("there are no {} KiB of memory for a module", size >> 10);
+            fail_without_memory(what, memory, size + MINIMUM_MEMORY)
         };
         let module = PhysicalAddress(start).bytes(size, "a module");
         // SAFETY: 1. The place is RAM, mapped, and neither the stub's nor a module's, so it doesn't
@@ -222,10 +221,8 @@ fn load_image(
     let place =
         physical::place(&free, size, LARGE_PAGE, stub.end).filter(|place| place.end <= 4 << 30);
     let Some(place) = place else {
-        fail(
-            ExitCode::OutOfMemory,
-            format_args!("there are no {} KiB of memory for the image", size >> 10),
-        )
+        let what = format_args!("there are no {} KiB of memory for the image", size >> 10);
+        fail_without_memory(what, memory, size + MINIMUM_MEMORY)
     };
 
     // SAFETY: 1. The place is RAM, mapped, and neither the stub's nor a module's. 2. The boot
@@ -235,6 +232,19 @@ fn load_image(
     };
     let loaded = object.load_kernel(target, place.start);
     (place, loaded)
+}
+
+/// Ends the boot for want of so many bytes in addition to `memory`.
+fn fail_without_memory(what: fmt::Arguments<'_>, memory: &[Range<u64>], missing: u64) -> ! {
+    let there_is: u64 = memory.iter().map(|range| range.end - range.start).sum();
+    let enough = (there_is + missing).div_ceil(1 << 20) + 1;
+    fail(
+        ExitCode::OutOfMemory,
+        format_args!(
+            "{what}: give the machine at least {enough} MiB (qemu-system-x86_64 -m {enough}), and what its \
+             guests use"
+        ),
+    )
 }
 
 /// What the kernel may use: memory above the large pages of its image, without the modules.
