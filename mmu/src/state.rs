@@ -182,9 +182,10 @@ impl<H: Host> Core<'_, H> {
         state.nodes.insert(&mut parents, SpteRef { page, index });
         state.pages[child].parents = parents;
         state.pages.note_orphan(child);
-        if state.pages.is_unsync_within(child) {
-            self.mark_unsync_below(SpteRef { page, index });
-        }
+        debug_assert!(
+            !state.pages.is_unsync_within(child),
+            "what is linked in a new place was not synced"
+        );
         let value = Spte::link(self.state.pages[child].frame);
         self.host
             .store(self.state.pages[page].frame, index, value.0);

@@ -286,3 +286,33 @@ fn previous_roots_are_found_again() {
     }
     assert_eq!(guest.mmu.statistics().mmu_cache_miss, 16);
 }
+
+#[test]
+fn what_was_used_again_and_again_stays_longer_than_what_was_used_once() {
+    let mut guest = Guest::with(MmuConfig {
+        limit: 100,
+        prefetch: 1,
+        ..MmuConfig::default()
+    });
+    regions(&mut guest, 8);
+    let touch = |guest: &mut Guest, region: u64| {
+        // Only what is not in a TLB sets accessed bits.
+        guest.host.flush_all();
+        guest.faults(read(region << 21))
+    };
+    for region in 0..8 {
+        touch(&mut guest, region);
+    }
+    // The first region is in use at every look, the others are not after the first.
+    for _ in 0..2 {
+        touch(&mut guest, 0);
+        guest.mmu.set_limit(guest.mmu.used() - 1);
+    }
+    // Now nobody uses anything, and the first is the coldest no sooner than all others.
+    for _ in 0..2 {
+        guest.mmu.set_limit(guest.mmu.used() - 1);
+    }
+    guest.mmu.set_limit(100);
+    assert_eq!(touch(&mut guest, 0), 0);
+    guest.mmu.audit().unwrap();
+}

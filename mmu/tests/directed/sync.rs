@@ -316,3 +316,44 @@ fn an_entry_that_only_looks_like_what_was_kept_is_dropped() {
         assert_eq!(guest.page(write(alias)), table);
     }
 }
+
+#[test]
+fn another_processors_store_while_a_sync_flushes_is_seen() {
+    let mut guest = Guest::new();
+    let (root, alias) = (guest.table(), 1 << 30);
+    guest.map(root, 0, 100 << 12 | TABLE | D);
+    let table = guest.leaf_table(root, 0);
+    guest.map(root, alias, table << 12 | TABLE | D);
+    guest.load(0, long_mode(root));
+    assert_eq!(guest.page(read(0)), 100);
+    assert_eq!(guest.page(write(alias)), table);
+    // The table is writable until every processor has seen the flush.
+    let host = guest.host.clone();
+    *guest.host.0.during_flush.lock().unwrap() = Some(Box::new(move || {
+        host.word(table, 0)
+            .store(101 << 12 | TABLE | D, Ordering::Relaxed);
+    }));
+    guest.load(0, long_mode(root));
+    assert_eq!(guest.page(read(0)), 101);
+    *guest.host.0.during_flush.lock().unwrap() = None;
+}
+
+#[test]
+fn a_root_in_use_is_never_flooded() {
+    let mut guest = Guest::new();
+    let (root, alias) = (guest.table(), 1 << 30);
+    guest.map(root, 0, 100 << 12 | TABLE | D);
+    guest.map(root, alias, root << 12 | TABLE | D);
+    guest.load(0, long_mode(root));
+    for round in 0..20 {
+        assert_eq!(guest.page(write(alias)), root);
+        guest.set(root, 300, (700 + round) << 12 | TABLE);
+        guest.load(0, long_mode(root));
+    }
+    let statistics = guest.mmu.statistics();
+    assert_eq!(
+        (statistics.mmu_flooded, statistics.mmu_shadow_zapped),
+        (0, 0)
+    );
+    assert_eq!(guest.page(read(0)), 100);
+}
