@@ -24,6 +24,7 @@ use umbra_vcpu::exit::Exit;
 use umbra_vcpu::{EntryFailure, Flush, Vcpu};
 
 use crate::alarm::Alarm;
+use crate::gdb::{self, Debugged};
 use crate::memory::GuestHost;
 use crate::paging::Paging;
 use crate::rates::Rates;
@@ -119,6 +120,8 @@ pub struct Guest {
     pub exits: ExitCounts,
     /// What it exited for last.
     pub exit_log: ExitLog,
+    /// What a debugger does to it, if it has one.
+    pub debugged: Option<Debugged>,
     /// What it did, if that is recorded.
     pub trace: Option<Box<Trace>>,
     /// How the trace is printed.
@@ -155,6 +158,8 @@ pub enum Turn {
 enum Progress {
     /// It can go on at once.
     Continues,
+    /// The debugger has stopped it.
+    Stopped,
     /// The host has been interrupted: time has passed.
     Interrupted,
 }
@@ -191,6 +196,7 @@ impl Guest {
             }
             match self.step() {
                 Ok(Progress::Continues) => {}
+                Ok(Progress::Stopped) => return Turn::Over,
                 Ok(Progress::Interrupted) => {
                     if self.interrupted(alarm) >= until {
                         return Turn::Over;
@@ -258,7 +264,9 @@ impl Guest {
             self.vcpu.flush(Flush::All);
             self.record(|| Event::Flush);
         }
-        if self.machine.attention() == Attention::Wanted {
+        if self.machine.attention() == Attention::Wanted
+            && !self.debugged.as_ref().is_some_and(Debugged::is_stepping)
+        {
             self.offer_interrupt();
         }
 
@@ -271,6 +279,9 @@ impl Guest {
         self.exits[reason(&exit)] += 1;
         let rip = record.rip;
         self.record(|| Event::Exit { rip, exit });
+        if self.debugged.is_some() && gdb::before_exit(self, &exit) {
+            return Ok(Progress::Stopped);
+        }
         match exit {
             Exit::Cpuid => control::cpuid(self),
             Exit::Hypercall => control::hypercall(self)?,
@@ -290,6 +301,9 @@ impl Guest {
             && let Some(shutdown) = self.machine.take_shutdown()
         {
             return Err(end_of_machine(shutdown));
+        }
+        if self.debugged.is_some() && gdb::after_exit(self, rip) {
+            return Ok(Progress::Stopped);
         }
         if matches!(exit, Exit::HostInterrupt | Exit::TimeSliceEnd) {
             self.check_deadline()?;

@@ -19,6 +19,7 @@ use umbra_vcpu::address::{Gfn, PAGE_SIZE};
 use crate::archive::{BootFiles, GuestFiles};
 use crate::console::Console;
 use crate::driver::Driver;
+use crate::gdb::Debugged;
 use crate::guest::{End, ExitCounts, Guest, Halted};
 use crate::memory::{GuestHost, LoaderRam, RamRange};
 use crate::paging::Paging;
@@ -211,6 +212,7 @@ fn prepare(
         rates: Rates::default(),
         exits: ExitCounts::default(),
         exit_log: ExitLog::default(),
+        debugged: options.gdb.map(Debugged::new),
         trace: (options.trace != Traced::NOTHING).then(|| Box::new(Trace::new(options.trace))),
         trace_format: options.trace_format,
         deadline,

@@ -19,6 +19,7 @@ mod control;
 mod driver;
 mod emulation;
 mod entry;
+mod gdb;
 mod guest;
 #[allow(unsafe_code, reason = "hypercalls")]
 mod host_files;

@@ -13,6 +13,7 @@ use umbra_report::options::TraceFormat;
 use umbra_report::{ExitCode, Outcome, Report};
 
 use crate::alarm::Alarm;
+use crate::gdb::{Debugged, Debugger, Wish};
 use crate::guest::{End, Guest, Halted, Turn};
 use crate::launch::Launcher;
 use crate::monitor::Monitor;
@@ -30,6 +31,8 @@ pub struct Schedule<'a> {
     launcher: &'a Launcher<'a>,
     running: Vec<Running>,
     monitor: Monitor,
+    /// The debugger, and the place in the options of the guest that it debugs.
+    debugger: Option<(usize, Debugger)>,
     exit_code: ExitCode,
 }
 
@@ -87,8 +90,14 @@ impl Running {
         matches!(self.order, Order::Stop)
     }
 
+    fn is_debugged_and_stopped(&self) -> bool {
+        let debugged = self.guest.debugged.as_ref();
+        debugged.is_some_and(Debugged::is_stopped)
+    }
+
     fn turn(&mut self, alarm: &mut Alarm, until: u64) -> Turn {
         match self.order {
+            Order::Run if self.is_debugged_and_stopped() => Turn::Waiting,
             Order::Run => self.guest.turn(alarm, until),
             Order::Pause(_) => Turn::Waiting,
             Order::Stop => Turn::Ended(End::new(Outcome::Stopped, "ended by the monitor")),
@@ -98,6 +107,7 @@ impl Running {
     /// When it must be looked at, as the host's time-stamp counter counts.
     fn next_deadline(&self) -> Option<u64> {
         match self.order {
+            Order::Run if self.is_debugged_and_stopped() => None,
             Order::Run => self.guest.next_deadline(),
             Order::Pause(_) => None,
             Order::Stop => Some(0),
@@ -111,7 +121,8 @@ impl<'a> Schedule<'a> {
         let mut schedule = Self {
             launcher,
             running: Vec::new(),
-            monitor: Monitor::new(SecondSerial::find()),
+            monitor: Monitor::new(None),
+            debugger: None,
             exit_code: ExitCode::Success,
         };
         for index in 0..launcher.guests() {
@@ -119,7 +130,50 @@ impl<'a> Schedule<'a> {
                 schedule.running.push(running);
             }
         }
+        schedule.share_port();
         schedule
+    }
+
+    /// Gives the second serial port to the debugger of the first guest that wants one, or else to the
+    /// monitor.
+    fn share_port(&mut self) {
+        let port = SecondSerial::find();
+        let debugged = self
+            .running
+            .iter()
+            .position(|running| running.guest.debugged.is_some());
+        for running in self
+            .running
+            .iter_mut()
+            .skip(debugged.map_or(0, |place| place + 1))
+        {
+            running.guest.debugged = None;
+        }
+        match (debugged, port) {
+            (None, port) => self.monitor = Monitor::new(port),
+            (Some(place), Some(port)) => {
+                let Running { guest, index, .. } = &mut self.running[place];
+                self.debugger = Some((*index, Debugger::new(port, guest)));
+                let name = &guest.report.guest;
+                hermit::println!("umbra: GDB can debug {name} at the second serial port");
+            }
+            (Some(place), None) => {
+                self.running[place].guest.debugged = None;
+                hermit::println!(
+                    "umbra: no debugger, because the machine has no second serial port"
+                );
+            }
+        }
+    }
+
+    /// Lets the debugger talk to its guest.
+    fn poll_debugger(&mut self) {
+        if let Some((index, debugger)) = &mut self.debugger
+            && let Some(running) = self.running.iter_mut().find(|other| other.index == *index)
+            && debugger.poll(&mut running.guest) == Wish::Kill
+        {
+            running.stop();
+        }
     }
 
     /// Runs all guests to their ends, and returns the exit code of the first that failed.
@@ -130,6 +184,7 @@ impl<'a> Schedule<'a> {
             let mut everyone_waits = true;
             let mut place = 0;
             self.monitor.poll(&mut self.running);
+            self.poll_debugger();
             while place < self.running.len() {
                 let until = self.end_of_turn(place);
                 alarm.went_off();
@@ -145,6 +200,11 @@ impl<'a> Schedule<'a> {
                             run,
                             ..
                         } = self.running.remove(place);
+                        if let Some((debugged, debugger)) = &mut self.debugger
+                            && *debugged == index
+                        {
+                            debugger.ended(&mut guest, end.outcome.exit_code());
+                        }
                         let post_mortem = post_mortem::page(&guest, &end);
                         let (trace, format) = (guest.trace.take(), guest.trace_format);
                         let report = advice::complete(guest.finish(end));
@@ -186,12 +246,18 @@ impl<'a> Schedule<'a> {
 
     fn launch(&mut self, index: usize, run: u64) -> Option<Running> {
         match self.launcher.prepare(index) {
-            Ok(guest) => Some(Running {
-                guest,
-                index,
-                run,
-                order: Order::Run,
-            }),
+            Ok(mut guest) => {
+                if run > 1 {
+                    // The debugger has been told that its guest has ended.
+                    guest.debugged = None;
+                }
+                Some(Running {
+                    guest,
+                    index,
+                    run,
+                    order: Order::Run,
+                })
+            }
             Err(report) => {
                 self.monitor
                     .make_way(&format!("umbra: {}\n", report.message));
@@ -238,10 +304,10 @@ impl<'a> Schedule<'a> {
             .fold(platform::timestamp().saturating_add(slice), u64::min)
     }
 
-    /// When the monitor must be looked at again, as the host's time-stamp counter counts.
+    /// When the second serial port must be looked at again, as the host's time-stamp counter counts.
     fn next_look(&self) -> Option<u64> {
         let period = platform::ticks_in_microseconds(second_serial::PERIOD);
-        let has_port = self.monitor.has_port();
+        let has_port = self.monitor.has_port() || self.debugger.is_some();
         has_port.then(|| platform::timestamp().saturating_add(period))
     }
 }

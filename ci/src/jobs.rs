@@ -232,7 +232,9 @@ fn boot(
                 None => host_memory_mib(&scenario.memory_arguments())?,
             }
     };
-    let second_serial = scenario.second_serial(console)?;
+    let guest = images.guests.get(&scenario.name);
+    let guest = guest.map(|files| files.image.as_path());
+    let second_serial = scenario.second_serial(guest, console)?;
     let boot = Boot {
         image: images.of(scenario.application)?,
         arguments: &scenario.umbra_arguments(),

@@ -62,6 +62,9 @@ pub struct Options {
     /// Take the monitor's commands at a local TCP port as well, a line each, with replies in JSON
     #[arg(long)]
     monitor: bool,
+    /// Let the guest wait for GDB, and print the command that connects it
+    #[arg(long, conflicts_with = "monitor")]
+    gdb: bool,
     /// Record what the guest does: exits, mmu, devices, several of them with commas between, or all; the
     /// last events are printed if it fails
     #[arg(long, value_name = "WHAT")]
@@ -110,6 +113,7 @@ pub fn run(project: &Project, options: &Options) -> Result<u8> {
     let image = builder.images(Application::Umbra)?;
     let work = project.target("runs")?.join(format!("run-{}", options.on));
     fs::create_dir_all(&work)?;
+    let symbols = files.as_ref().map(|files| files.image.clone());
     let archive = match (files, &config) {
         (Some(files), _) => {
             let initrd = match (initrd, files.initrd) {
@@ -136,12 +140,19 @@ pub fn run(project: &Project, options: &Options) -> Result<u8> {
         Some(_) => Show::LiveWithoutTrace,
         None => Show::Live,
     });
-    let second_serial = if options.monitor {
-        let (bridge, port) = SecondSerial::bridge()?;
-        eprintln!("the monitor takes commands at TCP port {port}: nc localhost {port}");
-        Some(bridge)
-    } else {
-        None
+    let second_serial = match (options.monitor, options.gdb) {
+        (false, false) => None,
+        (is_monitor, _) => {
+            let (bridge, port) = SecondSerial::bridge()?;
+            if is_monitor {
+                eprintln!("the monitor takes commands at TCP port {port}: nc localhost {port}");
+            } else {
+                let symbols = symbols.as_ref().map(|path| path.display().to_string());
+                let symbols = symbols.unwrap_or_default();
+                eprintln!("when Umbra says so: gdb -ex 'target remote localhost:{port}' {symbols}");
+            }
+            Some(bridge)
+        }
     };
     let boot = Boot {
         image: &image,
@@ -211,6 +222,7 @@ fn arguments(options: &Options, source: Option<&Source>) -> Vec<String> {
                 (trace, _) => trace.clone(),
             },
         ),
+        ("--gdb", options.gdb.then(|| "wait".to_owned())),
         (
             "--trace-format",
             options.trace_to.as_ref().map(|_| "json".to_owned()),

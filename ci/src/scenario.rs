@@ -23,7 +23,7 @@ use crate::keys::{self, Keys, LEAF};
 use crate::platform::{Clock, Console, Hardware, Platform, UhyveSettings};
 use crate::project::Project;
 use crate::report;
-use crate::second_serial::{Exchange, SecondSerial};
+use crate::second_serial::{Exchange, SecondSerial, Session};
 use crate::setup::Need;
 use crate::trace::Trace;
 use crate::typing::{Input, Line};
@@ -104,6 +104,8 @@ pub struct Scenario {
     /// What is asked of the monitor through the second serial port, and what it must answer.
     #[serde(default)]
     monitor: Vec<Exchange>,
+    /// A session of GDB at the second serial port, with the guest's symbols.
+    gdb: Option<Session>,
     /// After how many seconds of wall time the machine is killed.
     #[serde(default = "two_minutes")]
     limit: u64,
@@ -163,6 +165,7 @@ const KEYS: Keys = Keys(&[
     ("long", LEAF),
     ("input", LEAF),
     ("monitor", LEAF),
+    ("gdb", LEAF),
     ("limit", LEAF),
     ("exit_code", LEAF),
     ("console", LEAF),
@@ -331,6 +334,7 @@ impl Scenario {
             console: guest.console.clone(),
             input: Vec::new(),
             monitor: Vec::new(),
+            gdb: None,
             trace: Vec::new(),
             source: Some(Source::Own(guest)),
             forbid: Vec::new(),
@@ -490,14 +494,21 @@ impl Scenario {
         Input::Script(&self.input)
     }
 
-    /// What is connected to the second serial port, if anything is.
+    /// What is connected to the second serial port, if anything is. `guest` is the guest's image, for
+    /// its symbols.
     ///
     /// # Errors
     /// When it cannot be made.
-    pub fn second_serial(&self, console: &Console) -> Result<Option<SecondSerial>> {
-        let has_script = !self.monitor.is_empty();
-        let script = has_script.then(|| SecondSerial::script(&self.monitor, console));
-        script.transpose()
+    pub fn second_serial(
+        &self,
+        guest: Option<&Path>,
+        console: &Console,
+    ) -> Result<Option<SecondSerial>> {
+        match &self.gdb {
+            Some(session) => SecondSerial::gdb(session, guest, console).map(Some),
+            None if self.monitor.is_empty() => Ok(None),
+            None => SecondSerial::script(&self.monitor, console).map(Some),
+        }
     }
 
     /// What is passed on of the guest.

@@ -1,5 +1,5 @@
-//! The machine's second serial port: a script that talks to Umbra's monitor there, or a local TCP port for
-//! a program of the user's.
+//! The machine's second serial port: a script that talks to Umbra's monitor there, a session of GDB, or a
+//! local TCP port for a program of the user's.
 //!
 //! Protocol: the machine connects to [`SecondSerial::port`] when it starts; what happens then happens
 //! in a thread of its own, until the machine closes the connection. [`SecondSerial::finish`] is called
@@ -7,6 +7,7 @@
 
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
@@ -15,6 +16,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use serde::Deserialize;
 
+use crate::command::clean;
 use crate::platform::Console;
 
 /// Between two looks at something that may have happened.
@@ -33,6 +35,21 @@ pub struct Exchange {
     pub expect: Vec<String>,
 }
 
+/// A session of GDB, which begins when Umbra says that it can.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Session {
+    /// GDB's commands after it has connected.
+    pub commands: Vec<String>,
+    /// Texts that GDB must print, in this order.
+    pub expect: Vec<String>,
+}
+
+/// What Umbra prints when GDB can connect.
+const GDB_CAN_CONNECT: &str = "umbra: GDB can debug ";
+/// How long GDB waits for an answer, in seconds.
+const GDB_PATIENCE: u32 = 60;
+
 /// What goes on at the port. It ends with what is not as it should be.
 pub struct SecondSerial {
     port: u16,
@@ -48,6 +65,54 @@ impl SecondSerial {
     pub fn script(exchanges: &[Exchange], console: &Console) -> Result<Self> {
         let (exchanges, console) = (exchanges.to_vec(), console.clone());
         Self::start(move |machine, is_over| perform(&exchanges, &machine, &console, is_over))
+    }
+
+    /// Runs a session of GDB, with the symbols of this file, and looks at what it prints.
+    ///
+    /// # Errors
+    /// When no local port can be had.
+    pub fn gdb(session: &Session, symbols: Option<&Path>, console: &Console) -> Result<Self> {
+        let listener = listen()?;
+        let address = format!("localhost:{}", listener.local_addr()?.port());
+        let mut command = clean("gdb");
+        command.args(["-nx", "-batch"]);
+        command.args(["-ex", &format!("set remotetimeout {GDB_PATIENCE}")]);
+        command.args(["-ex", &format!("target remote {address}")]);
+        for line in &session.commands {
+            command.args(["-ex", line]);
+        }
+        command.args(symbols);
+        let (expect, console) = (session.expect.clone(), console.clone());
+        Self::start(move |machine, is_over| {
+            while console.find(GDB_CAN_CONNECT, 0).is_none() {
+                if is_over.load(Ordering::Relaxed) {
+                    return vec!["Umbra never said that GDB can connect".to_owned()];
+                }
+                thread::sleep(PERIOD);
+            }
+            let output = thread::scope(|scope| {
+                let gdb = scope.spawn(move || command.output());
+                if let Some(client) = accept(&listener, is_over) {
+                    // Whichever side ends it: what counts is what GDB has printed.
+                    let _ = copy_both(&machine, &client);
+                }
+                gdb.join()
+            });
+            let output = match output {
+                Ok(Ok(output)) => [output.stdout, output.stderr].concat(),
+                Ok(Err(error)) => return vec![format!("gdb cannot be started: {error}")],
+                Err(_) => return vec!["gdb's thread panicked".to_owned()],
+            };
+            let output = String::from_utf8_lossy(&output);
+            let mut rest = &*output;
+            for text in &expect {
+                match rest.split_once(text.as_str()) {
+                    Some((_, after)) => rest = after,
+                    None => return vec![format!("gdb's output lacks `{text}`:\n{output}")],
+                }
+            }
+            Vec::new()
+        })
     }
 
     /// Hands the port on to whoever connects to a local TCP port, whose number is returned, too.

@@ -1,7 +1,7 @@
 //! From exit codes to [`Exit`].
 
 use umbra_vcpu::address::Gva;
-use umbra_vcpu::event::{Event, Exception, vector};
+use umbra_vcpu::event::{Exception, vector};
 use umbra_vcpu::exit::{ControlRegister, Exit, IoAccess, IoDirection, IoOperand, IoWidth, Repeat};
 use umbra_vcpu::instruction::iced_x86::{Instruction, Mnemonic, Register};
 use umbra_vcpu::instruction::{decode, memory_operand};
@@ -205,15 +205,10 @@ impl SvmVcpu {
                 value: self.registers.edx_eax(),
             },
             _ => {
-                // ICEBP. Its length was found, so it is at most 15.
-                let length = self
-                    .next_rip
-                    .map_or(1, |next| next.wrapping_sub(self.registers.rip));
-                self.changing_events()
-                    .restore(Event::PrivilegedSoftwareException {
-                        instruction_length: length as u8,
-                    });
-                return Outcome::Resume;
+                // ICEBP is a trap: its handler returns past it, and it leaves DR6 alone.
+                let next = self.registers.rip.wrapping_add(1);
+                self.registers.rip = self.next_rip.unwrap_or(next);
+                Exit::Exception(Exception::new(vector::DEBUG))
             }
         })
     }

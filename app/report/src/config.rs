@@ -86,7 +86,7 @@ fn variable(key: &str) -> String {
 }
 
 /// The keys that stand at the top.
-const TOP: [&str; 13] = [
+const TOP: [&str; 14] = [
     "image",
     "initrd",
     "append",
@@ -99,10 +99,11 @@ const TOP: [&str; 13] = [
     "timeout",
     "trace",
     "trace-format",
+    "gdb",
     "guest",
 ];
 /// The keys of a guest.
-const GUEST: [&str; 13] = [
+const GUEST: [&str; 14] = [
     "name",
     "image",
     "initrd",
@@ -116,6 +117,7 @@ const GUEST: [&str; 13] = [
     "timeout",
     "trace",
     "trace-format",
+    "gdb",
 ];
 
 fn names(command_line: &[String], option: &str) -> bool {

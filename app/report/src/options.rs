@@ -36,6 +36,8 @@ Umbra runs guests, whose files the boot loader passes as modules or in one tar a
                      all; if it fails, the last events are printed (default: nothing)
   --trace-format AS  text, or json, to print all recorded events when it ends, as lines that begin with
                      UMBRA-TRACE (default: text)
+  --gdb HOW          let GDB debug it at the machine's second serial port: wait, to begin only when GDB
+                     says so, or attach, to run until GDB comes (default: no debugger)
   --help             print this text
 
 A boot module named umbra.toml holds the same options as keys, and guests as [[guest]] tables; it is
@@ -123,6 +125,8 @@ pub struct GuestOptions {
     pub repeat: u64,
     /// The time limit of a run, if it has one.
     pub timeout: Option<Duration>,
+    /// How a debugger finds it, if it shall have one.
+    pub gdb: Option<Debug>,
     /// Which events are recorded.
     pub trace: Traced,
     /// How they are printed.
@@ -143,6 +147,7 @@ impl Default for GuestOptions {
             device: None,
             repeat: 1,
             timeout: None,
+            gdb: None,
             trace: Traced::NOTHING,
             trace_format: TraceFormat::Text,
         }
@@ -186,6 +191,15 @@ impl Traced {
         }
         Some(traced)
     }
+}
+
+/// How a debugger finds a guest.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Debug {
+    /// It waits for the debugger before its first instruction.
+    Wait,
+    /// It runs.
+    Attach,
 }
 
 /// How recorded events are printed.
@@ -238,11 +252,12 @@ pub(crate) enum Name {
     Timeout,
     Trace,
     TraceFormat,
+    Gdb,
     Help,
 }
 
 impl Name {
-    pub(crate) const ALL: [Self; 14] = [
+    pub(crate) const ALL: [Self; 15] = [
         Self::Guest,
         Self::Image,
         Self::Initrd,
@@ -256,6 +271,7 @@ impl Name {
         Self::Timeout,
         Self::Trace,
         Self::TraceFormat,
+        Self::Gdb,
         Self::Help,
     ];
 
@@ -274,6 +290,7 @@ impl Name {
             Self::Timeout => "--timeout",
             Self::Trace => "--trace",
             Self::TraceFormat => "--trace-format",
+            Self::Gdb => "--gdb",
             Self::Help => "--help",
         }
     }
@@ -294,6 +311,7 @@ impl Name {
             Self::Timeout => "seconds, as in --timeout 30",
             Self::Trace => "exits, mmu, devices or all, as in --trace exits,mmu",
             Self::TraceFormat => "text or json, as in --trace-format json",
+            Self::Gdb => "wait or attach, as in --gdb wait",
             Self::Help => "no value",
         }
     }
@@ -443,6 +461,13 @@ fn set(options: &mut GuestOptions, name: Name, value: &str) -> Result<(), Option
                 "text" => TraceFormat::Text,
                 "json" => TraceFormat::Json,
                 _ => return Err(bad_value(name, value, "there is no such format")),
+            };
+        }
+        Name::Gdb => {
+            options.gdb = match value {
+                "wait" => Some(Debug::Wait),
+                "attach" => Some(Debug::Attach),
+                _ => return Err(bad_value(name, value, "no debugger does that")),
             };
         }
         Name::Help => {}
@@ -827,6 +852,9 @@ mod tests {
         assert!(error(&["--guest="]).contains("empty"));
         assert!(error(&["--device", "disk"]).contains("no such device"));
         assert!(error(&["--trace", "exits,"]).contains("takes exits, mmu, devices or all"));
+        assert!(error(&["--gdb=now"]).contains("takes wait or attach"));
+        assert_eq!(run(&["--gdb=wait"]).gdb, Some(Debug::Wait));
+        assert_eq!(run(&["--gdb=attach"]).gdb, Some(Debug::Attach));
         assert!(error(&["--trace-format=xml"]).contains("takes text or json"));
         let traced = run(&["--trace=exits,mmu", "--trace-format=json"]);
         assert!(traced.trace.contains(Traced::EXITS) && traced.trace.contains(Traced::MMU));
@@ -902,7 +930,7 @@ mod tests {
             arguments in prop::collection::vec(
                 prop_oneof![
                     "(?s).*",
-                    "--(guest|image|initrd|append|memory|mmu-pages|mmu-policy|on-exhausted|device|repeat|timeout|trace|trace-format|help)(=(?s).*)?",
+                    "--(guest|image|initrd|append|memory|mmu-pages|mmu-policy|on-exhausted|device|repeat|timeout|trace|trace-format|gdb|help)(=(?s).*)?",
                     "[0-9]{1,22}[KMG]?",
                 ],
                 0..6,
