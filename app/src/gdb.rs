@@ -123,35 +123,47 @@ impl Debugged {
 /// Whether an exit is the debugger's: the guest has stopped then. `rip` is where it has exited.
 pub fn before_exit(guest: &mut Guest, exit: &Exit) -> bool {
     let rip = guest.vcpu.registers().rip;
-    let is_debug = matches!(exit, Exit::Exception(exception) if exception.vector == vector::DEBUG);
+    // INT1 is a trap, HLT is not.
+    let breakpoint = match exit {
+        Exit::Exception(exception) if exception.vector == vector::DEBUG => {
+            Some((INT1, rip.wrapping_sub(1)))
+        }
+        Exit::Halt => Some((HLT, rip)),
+        _ => None,
+    };
     let Some(debugged) = &mut guest.debugged else {
         return false;
     };
-    if !is_debug {
-        if debugged.is_stepping() {
-            // What is carried out in the guest's place must not trap in the guest.
-            set_trap(guest, Trap::Off);
+    if let Some((instruction, at)) = breakpoint {
+        let address = ProcessorState::of(&*guest.vcpu).linear(SegmentRegister::Cs, at);
+        let hit = |breakpoint: &SoftwareBreakpoint| {
+            breakpoint.address == address && breakpoint.instruction == instruction
+        };
+        if debugged.breakpoints.iter().any(hit) {
+            debugged.stop(SingleThreadStopReason::SwBreak(()));
+            stop_at(guest, at);
+            return true;
         }
-        return false;
     }
-    let before = ProcessorState::of(&*guest.vcpu).linear(SegmentRegister::Cs, rip.wrapping_sub(1));
-    let hit = |breakpoint: &SoftwareBreakpoint| breakpoint.address == before;
-    if debugged.breakpoints.iter().any(hit) {
-        debugged.stop(SingleThreadStopReason::SwBreak(()));
-        stop_at(guest, rip.wrapping_sub(1));
-        return true;
-    }
-    if debugged.is_stepping() {
-        debugged.stop(SingleThreadStopReason::DoneStep);
-        stop_at(guest, rip);
-        return true;
-    }
-    if guest.vcpu.registers().rflags & RFlags::TRAP_FLAG.bits() != 0 {
+    let is_debug = breakpoint.is_some_and(|(instruction, _)| instruction == INT1);
+    match (is_debug, debugged.is_stepping()) {
+        (true, true) => {
+            debugged.stop(SingleThreadStopReason::DoneStep);
+            stop_at(guest, rip);
+            true
+        }
         // A handler has returned to code that was stepped before.
-        set_trap(guest, Trap::Off);
-        return true;
+        (true, false) if guest.vcpu.registers().rflags & RFlags::TRAP_FLAG.bits() != 0 => {
+            set_trap(guest, Trap::Off);
+            true
+        }
+        // What is carried out in the guest's place must not trap in the guest.
+        (false, true) => {
+            set_trap(guest, Trap::Off);
+            false
+        }
+        (_, false) => false,
     }
-    false
 }
 
 /// Whether the guest has stopped because its one instruction, at `rip`, was carried out in its place.

@@ -140,20 +140,7 @@ pub fn run(project: &Project, options: &Options) -> Result<u8> {
         Some(_) => Show::LiveWithoutTrace,
         None => Show::Live,
     });
-    let second_serial = match (options.monitor, options.gdb) {
-        (false, false) => None,
-        (is_monitor, _) => {
-            let (bridge, port) = SecondSerial::bridge()?;
-            if is_monitor {
-                eprintln!("the monitor takes commands at TCP port {port}: nc localhost {port}");
-            } else {
-                let symbols = symbols.as_ref().map(|path| path.display().to_string());
-                let symbols = symbols.unwrap_or_default();
-                eprintln!("when Umbra says so: gdb -ex 'target remote localhost:{port}' {symbols}");
-            }
-            Some(bridge)
-        }
-    };
+    let second_serial = second_serial(options, symbols.as_deref())?;
     let boot = Boot {
         image: &image,
         arguments: &arguments,
@@ -191,6 +178,22 @@ pub fn run(project: &Project, options: &Options) -> Result<u8> {
         fs::write(path, json).with_context(|| format!("cannot write {}", path.display()))?;
     }
     Ok(result.code)
+}
+
+/// Opens a local TCP port to the second serial port, if that is wanted, and says how to use it.
+fn second_serial(options: &Options, symbols: Option<&Path>) -> Result<Option<SecondSerial>> {
+    if !options.monitor && !options.gdb {
+        return Ok(None);
+    }
+    let (bridge, port) = SecondSerial::bridge()?;
+    if options.monitor {
+        eprintln!("the monitor takes commands at TCP port {port}: nc localhost {port}");
+    } else {
+        let symbols = symbols.map(|path| path.display().to_string());
+        let symbols = symbols.unwrap_or_default();
+        eprintln!("when Umbra says so: gdb -ex 'target remote localhost:{port}' {symbols}");
+    }
+    Ok(Some(bridge))
 }
 
 /// Umbra's arguments.

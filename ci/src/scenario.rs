@@ -24,7 +24,7 @@ use crate::platform::{Clock, Console, Hardware, Platform, UhyveSettings};
 use crate::project::Project;
 use crate::report;
 use crate::second_serial::{Exchange, SecondSerial, Session};
-use crate::setup::Need;
+use crate::setup::{self, Need};
 use crate::trace::Trace;
 use crate::typing::{Input, Line};
 
@@ -424,11 +424,14 @@ impl Scenario {
 
     /// What must be installed besides what its platforms need.
     pub fn needs(&self) -> Vec<Need> {
+        let mut needs = Vec::new();
         if self.platforms.iter().any(|platform| platform.has_disk()) {
-            self.disk.needs()
-        } else {
-            Vec::new()
+            needs.extend(self.disk.needs());
         }
+        if self.gdb.is_some() {
+            needs.extend(setup::for_gdb());
+        }
+        needs
     }
 
     /// The configuration of several guests, if that is what is booted.

@@ -70,6 +70,11 @@ pub fn for_benchmarks() -> Vec<Need> {
     )]
 }
 
+/// What a session of GDB needs.
+pub fn for_gdb() -> Vec<Need> {
+    vec![Need::new("gdb", "gdb", "debugs guests")]
+}
+
 /// What an ISO image needs.
 pub fn for_iso() -> Vec<Need> {
     vec![
