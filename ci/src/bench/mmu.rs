@@ -88,11 +88,13 @@ pub(super) fn measure(project: &Project) -> Result<Vec<Measurement>> {
     let mut measured = Vec::new();
     for (name, arguments, times, target) in OPERATIONS {
         measured.push(Measurement {
-            table: "shadow MMU, callgrind".to_owned(),
-            name: name.to_owned(),
-            value: count(&program, arguments)?.instructions / f64::from(times),
-            unit: INSTRUCTIONS,
             target,
+            ..Measurement::new(
+                "shadow MMU, callgrind",
+                name,
+                count(&program, arguments)?.instructions / f64::from(times),
+                INSTRUCTIONS,
+            )
         });
     }
     let mut a_page = Vec::new();
@@ -102,11 +104,13 @@ pub(super) fn measure(project: &Project) -> Result<Vec<Measurement>> {
         measured.extend(zap);
     }
     measured.push(Measurement {
-        table: ZAP_TABLE.to_owned(),
-        name: "a page, largest distance from the mean".to_owned(),
-        value: spread(&a_page),
-        unit: "%",
         target: Some(SPREAD_TARGET),
+        ..Measurement::new(
+            ZAP_TABLE,
+            "a page, largest distance from the mean",
+            spread(&a_page),
+            "%",
+        )
     });
     for reads in [Reads::AnyPage, Reads::OnePage] {
         for kind in ["hot", "scan"] {
@@ -172,11 +176,13 @@ fn zap(program: &Path, pages: u32, batch: u32) -> Result<[Measurement; 3]> {
     let zapped = Zapped::parse(&counted.output)
         .with_context(|| format!("the benchmark printed `{}`", counted.output))?;
     let measurement = |name: &str, value: f64, unit, target| Measurement {
-        table: ZAP_TABLE.to_owned(),
-        name: format!("{name}, {pages} held, batches of {batch}"),
-        value,
-        unit,
         target,
+        ..Measurement::new(
+            ZAP_TABLE,
+            format!("{name}, {pages} held, batches of {batch}"),
+            value,
+            unit,
+        )
     };
     let per_page = counted.instructions / zapped.pages;
     let flushes = zapped.flushes / zapped.batches;
@@ -262,11 +268,13 @@ fn trace(program: &Path, kind: &str, pages: &str, reads: Reads) -> Result<[Measu
     let optimum = number(&clock, "by")?;
     let (fifo, clock) = (number(&fifo, "faults")?, number(&clock, "faults")?);
     let measurement = |name: &str, value, unit, target| Measurement {
-        table: table.to_owned(),
-        name: format!("{kind} trace, {pages} pages, {name}"),
-        value,
-        unit,
         target,
+        ..Measurement::new(
+            table,
+            format!("{kind} trace, {pages} pages, {name}"),
+            value,
+            unit,
+        )
     };
     let share = clock * 100.0 / fifo.max(1.0);
     Ok([

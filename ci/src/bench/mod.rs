@@ -4,8 +4,11 @@
 //! are counted by callgrind on the host, those of exits by the guest itself, on emulated processors
 //! whose time-stamp counters count instructions.
 
+mod chart;
 mod exits;
+mod guests;
 mod mmu;
+mod paging;
 
 use std::fs;
 use std::path::PathBuf;
@@ -14,6 +17,7 @@ use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 
+use self::guests::Runner;
 use crate::project::Project;
 
 /// The options of `bench`.
@@ -22,6 +26,9 @@ pub struct Options {
     /// Write all that was measured to this file, as a JSON list
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Write plots of what grows, and of what KVM is known to take, to this directory, as SVG files
+    #[arg(long, value_name = "DIR")]
+    svg: Option<PathBuf>,
     /// Measure one part only
     #[arg(long, value_name = "PART")]
     only: Option<Part>,
@@ -34,6 +41,8 @@ enum Part {
     Mmu,
     /// Round trips out of a guest, on emulated processors
     Exits,
+    /// A guest's page tables: first use, changes, recycling, several guests at once
+    Paging,
 }
 
 /// One thing that was measured.
@@ -48,6 +57,31 @@ struct Measurement {
     /// What it should be at most.
     #[serde(skip_serializing_if = "Option::is_none")]
     target: Option<f64>,
+    /// What KVM takes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kvm: Option<f64>,
+    /// What it grows with.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    at: Option<f64>,
+}
+
+impl Measurement {
+    fn new(
+        table: impl Into<String>,
+        name: impl Into<String>,
+        value: f64,
+        unit: &'static str,
+    ) -> Self {
+        Self {
+            table: table.into(),
+            name: name.into(),
+            value,
+            unit,
+            target: None,
+            kvm: None,
+            at: None,
+        }
+    }
 }
 
 /// Measures, and prints tables. A missed target is marked, and no failure.
@@ -60,13 +94,22 @@ pub fn bench(project: &Project, options: &Options) -> Result<()> {
     if wants(Part::Mmu) {
         measured.extend(mmu::measure(project)?);
     }
-    if wants(Part::Exits) {
-        measured.extend(exits::measure(project)?);
+    if wants(Part::Exits) || wants(Part::Paging) {
+        let runner = Runner::new(project)?;
+        if wants(Part::Exits) {
+            measured.extend(exits::measure(&runner)?);
+        }
+        if wants(Part::Paging) {
+            measured.extend(paging::measure(&runner)?);
+        }
     }
     print_tables(&measured);
     if let Some(path) = &options.json {
         let json = serde_json::to_string_pretty(&measured)? + "\n";
         fs::write(path, json).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    if let Some(directory) = &options.svg {
+        chart::write(&measured, directory)?;
     }
     Ok(())
 }
@@ -88,13 +131,15 @@ fn row(measurement: &Measurement) -> String {
         value,
         unit,
         target,
+        kvm,
         ..
     } = measurement;
     let verdict = target.map_or(String::new(), |target| {
         let word = if *value <= target { "met" } else { "MISSED" };
         format!("   at most {target:>8.0}   {word}")
     });
-    format!("  {name:<44} {value:>10.1} {unit}{verdict}")
+    let kvm = kvm.map_or(String::new(), |kvm| format!("   KVM {kvm:>8.0}"));
+    format!("  {name:<44} {value:>10.1} {unit}{verdict}{kvm}")
 }
 
 #[cfg(test)]
@@ -104,13 +149,13 @@ mod tests {
     #[test]
     fn a_row_says_whether_the_target_is_met() {
         let mut measurement = Measurement {
-            table: "exits".to_owned(),
-            name: "cpuid".to_owned(),
-            value: 399.5,
-            unit: "instructions",
             target: Some(400.0),
+            ..Measurement::new("exits", "cpuid", 399.5, "instructions")
         };
         assert!(row(&measurement).ends_with(" met"));
+        measurement.kvm = Some(2877.0);
+        assert!(row(&measurement).ends_with(" met   KVM     2877"));
+        measurement.kvm = None;
         measurement.value = 400.5;
         assert!(row(&measurement).ends_with(" MISSED"));
         measurement.target = None;
