@@ -172,7 +172,7 @@ impl Guest {
         }
         let start = platform::timestamp();
         self.advance_time();
-        let turn = self.run(alarm, until);
+        let turn = hermit::mm::with_fallible_requests(|| self.run(alarm, until));
         let ticks = platform::timestamp() - start;
         self.rates.turn(ticks, &self.paging.mmu().statistics());
         self.machine.flush_console();

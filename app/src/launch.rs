@@ -5,33 +5,39 @@ use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
 
+use hermit::mm::with_fallible_requests;
 use umbra_inspect::ExitLog;
 use umbra_inspect::trace::Trace;
 use umbra_loader::{BootClock, Format, LoadError, LoadRequest, MemoryMap, Module};
 use umbra_machine::devices::fw_cfg::{E820Entry, FwCfg};
 use umbra_machine::processor::cpuid::CpuidPolicy;
 use umbra_machine::{Configuration, Machine, TimeBase, acpi};
-use umbra_mmu::{MmuConfig, VictimPolicy};
+use umbra_mmu::{MmuConfig, OutOfMemory, SlotError, VictimPolicy};
 use umbra_report::options::{Device, GuestOptions, MmuPolicy, Options, Traced};
 use umbra_report::{ExitCode, Outcome, Report};
 use umbra_vcpu::address::{Gfn, PAGE_SIZE};
+use umbra_vcpu::instruction;
 
 use crate::archive::{BootFiles, GuestFiles};
 use crate::console::Console;
 use crate::driver::Driver;
 use crate::gdb::Debugged;
 use crate::guest::{End, ExitCounts, Guest, Halted};
+use crate::injection::Shrinks;
 use crate::memory::{GuestHost, LoaderRam, RamRange};
 use crate::paging::Paging;
-use crate::physical::HostAddressSpace;
+use crate::physical::{self, HostAddressSpace};
 use crate::rates::Rates;
 use crate::schedule::Schedule;
 use crate::shortage::Shortage;
 use crate::uhyve::Uhyve;
-use crate::{advice, archive, control, entry, platform, pressure, timestamp};
+use crate::{advice, archive, control, entry, injection, platform, pressure, timestamp};
 
 /// Runs the guests that `options` ask for to their ends, and returns the image's exit code.
 pub fn run_guests(options: &Options, files: &BootFiles) -> ExitCode {
+    instruction::initialize();
+    physical::initialize();
+    pressure::pool();
     let launcher = Launcher {
         guests: &options.guests,
         files,
@@ -53,17 +59,33 @@ impl Launcher<'_> {
         self.guests.len()
     }
 
-    /// How often the guest at `index` shall run.
-    pub fn runs(&self, index: usize) -> u64 {
-        self.guests[index].repeat
+    /// Whether the guest at `index` shall run again after its run with this number, which ended so.
+    pub fn runs_again(&self, index: usize, run: u64, outcome: Outcome) -> bool {
+        let options = &self.guests[index];
+        let expected = match outcome {
+            Outcome::Succeeded => true,
+            Outcome::HostOutOfMemory => options.fail_allocation.is_some(),
+            _ => false,
+        };
+        expected && run < options.repeat
     }
 
-    /// Builds and loads the guest at `index`.
+    /// Ends what was prepared for a run of the guest at `index`.
+    pub fn ended(&self, index: usize) {
+        if self.guests[index].fail_allocation.is_some() {
+            injection::disarm();
+        }
+    }
+
+    /// Builds and loads the guest at `index` for its run with this number.
     ///
     /// # Errors
     /// The report of a guest that cannot even start.
-    pub fn prepare(&self, index: usize) -> Result<Guest, Report> {
+    pub fn prepare(&self, index: usize, run: u64) -> Result<Guest, Report> {
         let options = &self.guests[index];
+        if let Some(fail) = options.fail_allocation {
+            injection::arm(fail, run);
+        }
         let name = options
             .name
             .as_deref()
@@ -76,7 +98,10 @@ impl Launcher<'_> {
                 .and_then(|files| prepare(name, options, self.guests(), files, driver)),
             Err(error) => Err(End::new(Outcome::NoVirtualization, error.as_str())),
         };
-        prepared.map_err(|end| advice::complete(Report::new(name, end.outcome, end.message)))
+        prepared.map_err(|end| {
+            self.ended(index);
+            advice::complete(Report::new(name, end.outcome, end.message))
+        })
     }
 }
 
@@ -96,7 +121,7 @@ fn prepare(
             pages: range.length / PAGE_SIZE,
         })
         .collect();
-    let out_of_memory = |_| {
+    let out_of_memory = |OutOfMemory| {
         End::new(
             Outcome::HostOutOfMemory,
             format!(
@@ -105,7 +130,12 @@ fn prepare(
             ),
         )
     };
-    let host = GuestHost::new(&ranges).map_err(out_of_memory)?;
+    if !pressure::has_room_for_start() {
+        return Err(out_of_memory(OutOfMemory));
+    }
+    let shrinks = Shrinks::new(options.shrink_at);
+    let host =
+        with_fallible_requests(|| GuestHost::new(&ranges, shrinks)).map_err(out_of_memory)?;
 
     let module = files.initrd.map(|data| Module {
         name: "initrd",
@@ -172,16 +202,17 @@ fn prepare(
     let slots: Vec<_> = host.memory_slots().collect();
     let mmu = pressure::pool().create(host, config);
     for slot in slots {
-        mmu.add_slot(slot).map_err(|error| {
-            End::new(
+        with_fallible_requests(|| mmu.add_slot(slot)).map_err(|error| match error {
+            SlotError::OutOfMemory => out_of_memory(OutOfMemory),
+            _ => End::new(
                 Outcome::Unsupported,
-                format!("the guest's memory map is refused: {error:?}"),
-            )
+                format!("the guest's memory map is refused: {error}"),
+            ),
         })?;
     }
 
-    let mut vcpu = driver.create_vcpu(&HostAddressSpace)?;
-    let mut paging = Paging::new(mmu)?;
+    let mut vcpu = with_fallible_requests(|| driver.create_vcpu(&HostAddressSpace))?;
+    let mut paging = with_fallible_requests(|| Paging::new(mmu))?;
     entry::enter_state(&mut *vcpu, &loaded.entry);
     vcpu.set_tsc_offset(machine.msrs().tsc_offset());
     paging

@@ -23,6 +23,7 @@ mod gdb;
 mod guest;
 #[allow(unsafe_code, reason = "hypercalls")]
 mod host_files;
+mod injection;
 mod launch;
 mod memory;
 mod mmio;

@@ -14,8 +14,10 @@ use umbra_loader::{GuestRam, OutOfRam};
 use umbra_mmu::{
     Frames, GuestMemory, MemorySlot, OutOfMemory, SlotFlags, SlotId, TlbFlush, Touch, Zone,
 };
+use umbra_report::options::ShrinkPoint;
 use umbra_vcpu::address::{Gfn, Gpa, Hpa, PAGE_SIZE, Pfn};
 
+use crate::injection::Shrinks;
 use crate::physical::{self, FrameAllocator};
 
 /// The guest's RAM below the end of its last range.
@@ -39,7 +41,7 @@ impl Ram {
     ///
     /// # Errors
     /// [`OutOfMemory`] if the table does not fit the heap.
-    pub fn new(ranges: &[RamRange], allocator: FrameAllocator) -> Result<Self, OutOfMemory> {
+    pub fn new(ranges: &[RamRange]) -> Result<Self, OutOfMemory> {
         let end = ranges
             .iter()
             .map(|range| range.base.as_u64() + range.pages)
@@ -52,7 +54,7 @@ impl Ram {
         frames.extend((0..end).map(|_| AtomicU64::new(0)));
         Ok(Self {
             frames: frames.into_boxed_slice(),
-            allocator,
+            allocator: FrameAllocator::default(),
         })
     }
 
@@ -153,25 +155,32 @@ pub struct GuestHost {
     /// Where each memory slot begins: slot `n` is range `n`.
     slots: Box<[RamRange]>,
     flush_requested: AtomicBool,
+    shrinks: Shrinks,
 }
 
 impl GuestHost {
-    /// The host side of a guest with these ranges of RAM.
+    /// The host side of a guest with these ranges of RAM, which shrinks shadow pages for a test.
     ///
     /// # Errors
     /// [`OutOfMemory`] if its tables do not fit the heap.
-    pub fn new(ranges: &[RamRange]) -> Result<Self, OutOfMemory> {
+    pub fn new(ranges: &[RamRange], shrinks: Shrinks) -> Result<Self, OutOfMemory> {
         Ok(Self {
-            ram: Ram::new(ranges, FrameAllocator::new())?,
-            shadow_frames: FrameAllocator::new(),
+            ram: Ram::new(ranges)?,
+            shadow_frames: FrameAllocator::default(),
             slots: ranges.into(),
             flush_requested: AtomicBool::new(false),
+            shrinks,
         })
     }
 
     /// The guest's RAM.
     pub fn ram(&self) -> &Ram {
         &self.ram
+    }
+
+    /// The shrinks for a test.
+    pub const fn shrinks(&self) -> &Shrinks {
+        &self.shrinks
     }
 
     /// The slots to register with the MMU.
@@ -228,7 +237,10 @@ impl GuestMemory for GuestHost {
         let gfn = self.gfn(slot, page);
         match touch {
             Touch::Peek => Ok(self.ram.peek(gfn)),
-            Touch::Allocate => self.ram.touch(gfn).map(Some),
+            Touch::Allocate => {
+                self.shrinks.pass(ShrinkPoint::Fault);
+                self.ram.touch(gfn).map(Some)
+            }
         }
     }
 
@@ -274,15 +286,19 @@ impl GuestMemory for GuestHost {
 impl Frames for GuestHost {
     fn allocate(&self, zone: Zone) -> Option<Hpa> {
         let frame = match zone {
-            Zone::Any => self.shadow_frames.allocate(),
+            Zone::Any => {
+                self.shrinks.pass(ShrinkPoint::Fault);
+                self.shadow_frames.allocate()
+            }
             Zone::Below4GiB => physical::allocate_below_4g(),
         };
         frame.map(Pfn::base)
     }
 
     fn free(&self, frame: Hpa) {
+        self.shrinks.pass(ShrinkPoint::Commit);
         let frame = Pfn::containing(frame);
-        if self.shadow_frames.owns(frame) {
+        if physical::is_from_heap(frame) {
             self.shadow_frames.free(frame);
         } else {
             physical::free_below_4g(frame);
@@ -319,6 +335,7 @@ impl Frames for GuestHost {
 
 impl TlbFlush for GuestHost {
     fn flush_all(&self) {
+        self.shrinks.pass(ShrinkPoint::Locked);
         self.flush_requested.store(true, Ordering::Release);
     }
 }

@@ -11,6 +11,7 @@ use umbra_mmu::{
     Access, AccessKind, Cr3, Fault, FaultOutcome, GuestEnd, Inspection, InvalidPdpte, Marking, Mmu,
     MmuError, PageFault, PagingRegisters, Pkru, RootChange, TranslateError, Vcpu as PagingVcpu,
 };
+use umbra_report::options::ShrinkPoint;
 use umbra_vcpu::address::{Gpa, Gva, Hpa, PAGE_SIZE, Pfn};
 use umbra_vcpu::instruction::MAX_LENGTH;
 use umbra_vcpu::registers::ControlRegisters;
@@ -108,7 +109,9 @@ impl Paging {
         }
         self.registers = registers;
         self.code_page = None;
+        self.mmu.host().shrinks().pass(ShrinkPoint::Cr3);
         self.mmu.load_registers(&mut self.vcpu, registers);
+        self.mmu.host().shrinks().pass(ShrinkPoint::Cr3);
         Ok(())
     }
 

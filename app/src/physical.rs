@@ -3,9 +3,10 @@
 //! Protocol: a frame belongs to whoever allocated it until it is freed, exactly once. All of RAM is
 //! identity-mapped, so a frame is read and written through its physical address. Frames are
 //! taken from the heap in slabs, because the heap keeps a header beside each block, which for a
-//! page-aligned page costs another page; a slab goes back as soon as all its frames are free.
-//! Frames are freed inside the low-memory callback: the lock is never held across a call of
-//! the heap, and the tables never grow.
+//! page-aligned page costs another page; a slab goes back as soon as all its frames are free. Each
+//! allocator has slabs of its own, so that frames that are freed together make slabs free; one table
+//! knows the slabs of all of them. Frames are freed inside the low-memory callback: the table's lock
+//! is never held across a call of the heap, and the table never grows.
 
 use alloc::alloc::{Layout, alloc, dealloc};
 use alloc::boxed::Box;
@@ -13,8 +14,8 @@ use alloc::vec::Vec;
 use core::ptr::NonNull;
 use core::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
-use hermit::mm::{PhysAddr, VirtAddr};
-use spin::Mutex;
+use hermit::mm::{PhysAddr, VirtAddr, with_fallible_requests};
+use spin::{Mutex, Once};
 use umbra_vcpu::address::{Hpa, PAGE_SIZE, Pfn};
 use umbra_vcpu::host::HostMemory;
 
@@ -46,8 +47,8 @@ pub fn released_bytes() -> usize {
 /// Frames in a slab.
 pub const SLAB_FRAMES: usize = 16;
 
-/// Allocates frames from the heap.
-pub struct FrameAllocator {
+/// What is known of the frames of all allocators.
+struct Table {
     places: Places,
     slabs: Mutex<Slabs>,
 }
@@ -67,69 +68,101 @@ impl Places {
         });
         let first = start / PAGE_SIZE;
         let frames = first..end.div_ceil(PAGE_SIZE);
-        let places = frames.map(|_| AtomicU32::new(0)).collect::<Vec<_>>();
         Self {
             first,
-            places: places.into_boxed_slice(),
+            places: frames.map(|_| AtomicU32::new(0)).collect(),
         }
     }
 
-    /// The frame's entry; `None` if it is none of the host's memory.
-    fn get(&self, frame: Pfn) -> Option<&AtomicU32> {
-        let index = frame.as_u64().checked_sub(self.first)?;
-        self.places.get(index as usize)
+    /// The frame's entry; 0 if it is none of the host's memory.
+    fn get(&self, frame: Pfn) -> u32 {
+        self.entry(frame)
+            .map_or(0, |place| place.load(Ordering::Acquire))
     }
 
     /// Sets the entry of a frame that came from the heap.
     fn set(&self, frame: Pfn, place: u32) {
-        self.get(frame)
+        self.entry(frame)
             .expect("the heap is made of the host's memory")
             .store(place, Ordering::Release);
     }
+
+    fn entry(&self, frame: Pfn) -> Option<&AtomicU32> {
+        let index = frame.as_u64().checked_sub(self.first)?;
+        self.places.get(index as usize)
+    }
 }
 
-/// All slabs of an allocator. Empty places are used again.
+static TABLE: Once<Table> = Once::new();
+
+/// All slabs. They never outnumber the host's memory, for which there is room from the start.
 struct Slabs {
-    slabs: Vec<Option<Slab>>,
-    /// The slabs that have a free frame, among others.
-    with_room: Vec<u32>,
+    slabs: Vec<Slab>,
+    /// The first slab without memory.
+    unused: List,
 }
 
+/// A list of slabs, linked by [`Slab::next`] and [`Slab::previous`].
+#[derive(Clone, Copy, Default)]
+struct List {
+    first: Option<u32>,
+}
+
+/// A block of frames, or a place for one.
 struct Slab {
+    /// Where it is in the heap.
     pointer: NonNull<u8>,
     frames: [Pfn; SLAB_FRAMES],
     /// Bit `n` is set while frame `n` is free.
     free: u16,
+    previous: Option<u32>,
+    next: Option<u32>,
 }
 
 // SAFETY: a slab is memory of the heap's that no thread in particular owns.
 unsafe impl Send for Slab {}
 
-impl FrameAllocator {
-    /// An allocator for all the memory that the boot loader has given the kernel.
-    pub fn new() -> Self {
+/// Makes the table that all allocators share, before there is a guest.
+pub fn initialize() {
+    table();
+}
+
+/// The table, made at its first use for all the memory that the boot loader has given the kernel.
+fn table() -> &'static Table {
+    TABLE.call_once(|| {
         let places = Places::new();
-        let slabs = places.places.len().div_ceil(SLAB_FRAMES);
-        Self {
+        let slabs = Vec::with_capacity(places.places.len() / SLAB_FRAMES);
+        Table {
             places,
             slabs: Mutex::new(Slabs {
-                slabs: Vec::with_capacity(slabs),
-                with_room: Vec::with_capacity(slabs),
+                slabs,
+                unused: List::default(),
             }),
         }
-    }
+    })
+}
 
+/// Allocates frames from the heap. Its frames must be freed before it is dropped.
+#[derive(Default)]
+pub struct FrameAllocator {
+    /// The slabs that have a free frame. Taken only by the holder of the table's lock.
+    with_room: Mutex<List>,
+}
+
+impl FrameAllocator {
     /// A zeroed frame, or `None` if the heap has none left.
     pub fn allocate(&self) -> Option<Pfn> {
+        let table = table();
         // The lock is released before the heap is asked.
-        let taken = self.slabs.lock().take();
+        let taken = table.slabs.lock().take(&mut self.with_room.lock());
         let frame = match taken {
             Some(frame) => frame,
             None => {
-                let slab = Slab::new()?;
-                let mut slabs = self.slabs.lock();
-                slabs.insert(slab, &self.places);
-                slabs.take()?
+                let (pointer, frames) = allocate_slab()?;
+                let mut slabs = table.slabs.lock();
+                let mut with_room = self.with_room.lock();
+                slabs.insert(pointer, frames, &table.places, &mut with_room);
+                slabs.take(&mut with_room)?
             }
         };
         for entry in entries(frame) {
@@ -138,73 +171,84 @@ impl FrameAllocator {
         Some(frame)
     }
 
-    /// Whether `frame` came from this allocator.
-    pub fn owns(&self, frame: Pfn) -> bool {
-        self.places
-            .get(frame)
-            .is_some_and(|place| place.load(Ordering::Acquire) != 0)
-    }
-
     /// Takes back a frame of [`FrameAllocator::allocate`].
     pub fn free(&self, frame: Pfn) {
-        let place = self
-            .places
-            .get(frame)
-            .map_or(0, |place| place.load(Ordering::Acquire));
+        let table = table();
+        let place = table.places.get(frame);
         assert_ne!(place, 0, "{frame:?} is not allocated");
         let place = place as usize - 1;
-        let empty = self.slabs.lock().give_back(place, &self.places);
-        if let Some(slab) = empty {
-            // SAFETY: `Slab::new` got the pointer from the heap with this layout, and none of its
+        let empty = table
+            .slabs
+            .lock()
+            .give_back(place, &table.places, &mut self.with_room.lock());
+        if let Some(pointer) = empty {
+            // SAFETY: `allocate_slab` got the pointer from the heap with this layout, and none of its
             // frames is in use.
-            unsafe { dealloc(slab.pointer.as_ptr(), slab_layout()) };
-            RELEASED.fetch_add(slab_layout().size(), Ordering::Relaxed);
+            unsafe { dealloc(pointer.as_ptr(), SLAB_LAYOUT) };
+            RELEASED.fetch_add(SLAB_LAYOUT.size(), Ordering::Relaxed);
         }
     }
 }
 
+/// Whether a frame is one that an allocator has handed out.
+pub fn is_from_heap(frame: Pfn) -> bool {
+    table().places.get(frame) != 0
+}
+
 impl Slabs {
     /// Takes a free frame.
-    fn take(&mut self) -> Option<Pfn> {
-        loop {
-            let index = *self.with_room.last()?;
-            if let Some(slab) = &mut self.slabs[index as usize]
-                && slab.free != 0
-            {
-                let frame = slab.free.trailing_zeros() as usize;
-                slab.free &= slab.free - 1;
-                if slab.free == 0 {
-                    self.with_room.pop();
-                }
-                return Some(slab.frames[frame]);
-            }
-            self.with_room.pop();
+    fn take(&mut self, with_room: &mut List) -> Option<Pfn> {
+        let index = with_room.first?;
+        let slab = &mut self.slabs[index as usize];
+        let frame = slab.frames[slab.free.trailing_zeros() as usize];
+        slab.free &= slab.free - 1;
+        if slab.free == 0 {
+            self.unlink(with_room, index);
         }
+        Some(frame)
     }
 
-    fn insert(&mut self, slab: Slab, places: &Places) {
-        let index = self
-            .slabs
-            .iter()
-            .position(Option::is_none)
-            .unwrap_or(self.slabs.len());
-        for (number, frame) in slab.frames.iter().enumerate() {
-            let place = (index * SLAB_FRAMES + number + 1) as u32;
+    /// Puts a block of free frames among the slabs.
+    fn insert(
+        &mut self,
+        pointer: NonNull<u8>,
+        frames: [Pfn; SLAB_FRAMES],
+        places: &Places,
+        with_room: &mut List,
+    ) {
+        let slab = Slab {
+            pointer,
+            frames,
+            free: u16::MAX,
+            previous: None,
+            next: None,
+        };
+        let mut unused = self.unused;
+        let index = if let Some(index) = unused.first {
+            self.unlink(&mut unused, index);
+            self.unused = unused;
+            self.slabs[index as usize] = slab;
+            index
+        } else {
+            self.slabs.push(slab);
+            self.slabs.len() as u32 - 1
+        };
+        for (number, frame) in frames.iter().enumerate() {
+            let place = (index as usize * SLAB_FRAMES + number + 1) as u32;
             places.set(*frame, place);
         }
-        if index == self.slabs.len() {
-            self.slabs.push(Some(slab));
-        } else {
-            self.slabs[index] = Some(slab);
-        }
-        self.with_room.push(index as u32);
+        self.link(with_room, index);
     }
 
-    /// Takes a frame back, and returns its slab if no other frame of it is in use.
-    fn give_back(&mut self, place: usize, places: &Places) -> Option<Slab> {
+    /// Takes a frame back, and returns its slab's memory if no other frame of it is in use.
+    fn give_back(
+        &mut self,
+        place: usize,
+        places: &Places,
+        with_room: &mut List,
+    ) -> Option<NonNull<u8>> {
         let (index, number) = (place / SLAB_FRAMES, place % SLAB_FRAMES);
-        let entry = &mut self.slabs[index];
-        let slab = entry.as_mut()?;
+        let slab = &mut self.slabs[index];
         let bit = 1 << number;
         assert_eq!(
             slab.free & bit,
@@ -212,44 +256,67 @@ impl Slabs {
             "{:?} is free already",
             slab.frames[number]
         );
-        if slab.free == 0 {
-            self.with_room.push(index as u32);
-        }
+        let was_full = slab.free == 0;
         slab.free |= bit;
-        if slab.free != u16::MAX {
-            return None;
+        if slab.free == u16::MAX {
+            let (pointer, frames) = (slab.pointer, slab.frames);
+            for frame in frames {
+                places.set(frame, 0);
+            }
+            self.unlink(with_room, index as u32);
+            let mut unused = self.unused;
+            self.link(&mut unused, index as u32);
+            self.unused = unused;
+            return Some(pointer);
         }
-        for frame in slab.frames {
-            places.set(frame, 0);
+        if was_full {
+            self.link(with_room, index as u32);
         }
-        self.with_room.retain(|&other| other as usize != index);
-        entry.take()
+        None
+    }
+
+    /// Puts a slab at the front of a list.
+    fn link(&mut self, list: &mut List, index: u32) {
+        let next = list.first.replace(index);
+        if let Some(next) = next {
+            self.slabs[next as usize].previous = Some(index);
+        }
+        let slab = &mut self.slabs[index as usize];
+        (slab.previous, slab.next) = (None, next);
+    }
+
+    /// Takes a slab out of the list that it is in.
+    fn unlink(&mut self, list: &mut List, index: u32) {
+        let slab = &mut self.slabs[index as usize];
+        let (previous, next) = (slab.previous.take(), slab.next.take());
+        match previous {
+            Some(previous) => self.slabs[previous as usize].next = next,
+            None => list.first = next,
+        }
+        if let Some(next) = next {
+            self.slabs[next as usize].previous = previous;
+        }
     }
 }
 
-impl Slab {
-    fn new() -> Option<Self> {
-        // SAFETY: the layout's size is not zero.
-        let pointer = NonNull::new(unsafe { alloc(slab_layout()) })?;
-        let frames = core::array::from_fn(|number| {
-            // SAFETY: the offset stays inside the block.
-            let page = unsafe { pointer.add(number * PAGE_SIZE as usize) };
-            Pfn::containing(HostAddressSpace.physical_address(page))
-        });
-        Some(Self {
-            pointer,
-            frames,
-            free: u16::MAX,
-        })
-    }
+/// A block of frames from the heap.
+fn allocate_slab() -> Option<(NonNull<u8>, [Pfn; SLAB_FRAMES])> {
+    // SAFETY: the layout's size is not zero.
+    let block = with_fallible_requests(|| unsafe { alloc(SLAB_LAYOUT) });
+    let pointer = NonNull::new(block)?;
+    let frames = core::array::from_fn(|number| {
+        // SAFETY: the offset stays inside the block.
+        let page = unsafe { pointer.add(number * PAGE_SIZE as usize) };
+        Pfn::containing(HostAddressSpace.physical_address(page))
+    });
+    Some((pointer, frames))
 }
 
-const fn slab_layout() -> Layout {
+const SLAB_LAYOUT: Layout =
     match Layout::from_size_align(SLAB_FRAMES * PAGE_SIZE as usize, PAGE_SIZE as usize) {
         Ok(layout) => layout,
         Err(_) => unreachable!(),
-    }
-}
+    };
 
 /// A zeroed frame below 4 GiB, or `None` if there is none left.
 pub fn allocate_below_4g() -> Option<Pfn> {

@@ -44,6 +44,8 @@ pub struct Running {
     index: usize,
     /// Which of its runs this is, from 1.
     pub run: u64,
+    /// Bytes that were allocated when it began.
+    heap_at_start: u64,
     order: Order,
 }
 
@@ -120,7 +122,8 @@ impl<'a> Schedule<'a> {
     pub fn start(launcher: &'a Launcher<'a>) -> Self {
         let mut schedule = Self {
             launcher,
-            running: Vec::new(),
+            // Starting guests anew while others run must need no memory for this.
+            running: Vec::with_capacity(launcher.guests()),
             monitor: Monitor::new(None),
             debugger: None,
             exit_code: ExitCode::Success,
@@ -198,8 +201,10 @@ impl<'a> Schedule<'a> {
                             mut guest,
                             index,
                             run,
+                            heap_at_start,
                             ..
                         } = self.running.remove(place);
+                        self.launcher.ended(index);
                         if let Some((debugged, debugger)) = &mut self.debugger
                             && *debugged == index
                         {
@@ -214,7 +219,7 @@ impl<'a> Schedule<'a> {
                         if let Some(page) = post_mortem {
                             self.monitor.make_way(&page);
                         }
-                        if let Some(next) = self.ended(report, index, run) {
+                        if let Some(next) = self.ended(report, index, run, heap_at_start) {
                             self.running.insert(place, next);
                         }
                         continue;
@@ -234,42 +239,57 @@ impl<'a> Schedule<'a> {
     }
 
     /// Reports a run that has ended, and starts the next one of the same guest, if there is one.
-    fn ended(&mut self, report: Report, index: usize, run: u64) -> Option<Running> {
-        let is_last = run >= self.launcher.runs(index) || report.exit_code != ExitCode::Success;
-        self.report(report, run);
-        if is_last {
-            None
-        } else {
+    fn ended(
+        &mut self,
+        report: Report,
+        index: usize,
+        run: u64,
+        heap_at_start: u64,
+    ) -> Option<Running> {
+        let again = self.launcher.runs_again(index, run, report.outcome);
+        self.report(report, run, heap_at_start);
+        if again {
             self.launch(index, run + 1)
+        } else {
+            None
         }
     }
 
-    fn launch(&mut self, index: usize, run: u64) -> Option<Running> {
-        match self.launcher.prepare(index) {
-            Ok(mut guest) => {
-                if run > 1 {
-                    // The debugger has been told that its guest has ended.
-                    guest.debugged = None;
+    /// Starts a run, or one of those after it.
+    fn launch(&mut self, index: usize, mut run: u64) -> Option<Running> {
+        loop {
+            let heap_at_start = pressure::heap_allocated();
+            let report = match self.launcher.prepare(index, run) {
+                Ok(mut guest) => {
+                    if run > 1 {
+                        // The debugger has been told that its guest has ended.
+                        guest.debugged = None;
+                    }
+                    return Some(Running {
+                        guest,
+                        index,
+                        run,
+                        heap_at_start,
+                        order: Order::Run,
+                    });
                 }
-                Some(Running {
-                    guest,
-                    index,
-                    run,
-                    order: Order::Run,
-                })
+                Err(report) => report,
+            };
+            let again = self.launcher.runs_again(index, run, report.outcome);
+            self.monitor
+                .make_way(&format!("umbra: {}\n", report.message));
+            self.report(report, run, heap_at_start);
+            if !again {
+                return None;
             }
-            Err(report) => {
-                self.monitor
-                    .make_way(&format!("umbra: {}\n", report.message));
-                self.report(report, run);
-                None
-            }
+            run += 1;
         }
     }
 
-    fn report(&mut self, report: Report, run: u64) {
+    fn report(&mut self, report: Report, run: u64, heap_at_start: u64) {
         let report = Report {
             run,
+            heap_allocated_at_start: heap_at_start,
             heap: pressure::heap_counters(),
             ..report
         };

@@ -123,6 +123,9 @@ pub struct Scenario {
     /// Fields that must be the same in every report.
     #[serde(default)]
     constant: Vec<String>,
+    /// How many reports come before those, while everything is used for the first time.
+    #[serde(default)]
+    constant_after: usize,
     /// What the fields must be for a guest by name.
     #[serde(default)]
     reports: BTreeMap<String, BTreeMap<String, Expectation>>,
@@ -173,6 +176,7 @@ const KEYS: Keys = Keys(&[
     ("trace", LEAF),
     ("report", LEAF),
     ("constant", LEAF),
+    ("constant_after", LEAF),
     ("reports", LEAF),
     ("ratio", LEAF),
 ]);
@@ -340,6 +344,7 @@ impl Scenario {
             forbid: Vec::new(),
             report: BTreeMap::new(),
             constant: Vec::new(),
+            constant_after: 0,
             reports: BTreeMap::new(),
             ratio: Vec::new(),
             directory: PathBuf::new(),
@@ -596,6 +601,7 @@ impl Scenario {
             let values: BTreeSet<_> = result
                 .reports
                 .iter()
+                .skip(self.constant_after)
                 .filter_map(|report| Some(find(&fields(report), field)?.to_string()))
                 .collect();
             if values.len() > 1 {

@@ -254,7 +254,7 @@ pub(crate) struct Slots {
 impl Slots {
     pub fn new() -> Self {
         Self {
-            slots: Vec::with_capacity(MAXIMUM_SLOTS),
+            slots: Vec::new(),
             last: Cell::new(0),
         }
     }
@@ -324,6 +324,9 @@ impl Slots {
                 return Err(SlotError::Overlaps(other.id));
             }
         }
+        self.slots
+            .try_reserve(1)
+            .map_err(|_| SlotError::OutOfMemory)?;
         let index = self
             .slots
             .partition_point(|other| other.memory.base < new.base);

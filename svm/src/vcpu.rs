@@ -159,7 +159,7 @@ impl SvmVcpu {
     /// [`EnableError`] if the host has no memory for it.
     pub fn new(core: Arc<Core>, memory: &dyn HostMemory) -> Result<Self, EnableError> {
         let block = PageBlock::new(1, memory)?;
-        let extended_state = NonNull::from(Box::leak(Box::new(ExtendedState::new())));
+        let extended_state = NonNull::from(Box::leak(ExtendedState::allocate()?));
         let mut vcpu = Self {
             core,
             block,

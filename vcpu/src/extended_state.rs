@@ -7,8 +7,12 @@
 //! changed. XCR0 is switched by the driver around the entry, because the host keeps its own.
 #![allow(unsafe_code, reason = "XSAVE and XRSTOR have no safe wrapper")]
 
+use alloc::boxed::Box;
+use alloc::vec::Vec;
 use core::arch::asm;
 use core::ptr::NonNull;
+
+use crate::host::PageBlockError;
 
 /// Bytes reserved for one guest's state: enough for x87, SSE, AVX, MPX, AVX-512 and PKRU in the
 /// standard format (SDM vol. 1 13.5; 2696 bytes), rounded up.
@@ -45,6 +49,21 @@ impl ExtendedState {
         // XSTATE_BV: x87 and SSE come from the legacy region, the rest from its initial state.
         area[XSTATE_BV] = 0b11;
         Self { area }
+    }
+
+    /// The same on the heap.
+    ///
+    /// # Errors
+    /// [`PageBlockError::OutOfMemory`].
+    pub fn allocate() -> Result<Box<Self>, PageBlockError> {
+        let mut place = Vec::new();
+        place
+            .try_reserve_exact(1)
+            .map_err(|_| PageBlockError::OutOfMemory)?;
+        place.push(Self::new());
+        let first = Box::into_raw(place.into_boxed_slice()).cast();
+        // SAFETY: the slice has one item, so its memory is that of a box of the item.
+        Ok(unsafe { Box::from_raw(first) })
     }
 
     /// XMM register `index`, 0 to 15.

@@ -29,6 +29,13 @@ pub fn code_width(control: &ControlRegisters, rflags: u64, code_segment: &Segmen
     }
 }
 
+/// Builds the decoder's tables, which otherwise the first [`decode`] does: they come from the heap, with no
+/// way to fail.
+pub fn initialize() {
+    const NOP: u8 = 0x90;
+    let _ = decode(&[NOP], CodeWidth::Bits64, 0);
+}
+
 /// Decodes the instruction at the start of `bytes`, or `None` if they hold no whole valid one.
 pub fn decode(bytes: &[u8], width: CodeWidth, rip: u64) -> Option<Instruction> {
     let mut decoder = Decoder::with_ip(width.bits(), bytes, rip, DecoderOptions::NONE);

@@ -129,6 +129,7 @@ impl VmxVcpu {
         } else {
             Some(PageBlock::new(1, memory)?)
         };
+        let extended = NonNull::from(Box::leak(ExtendedState::allocate()?));
         let vpid = interrupts::without_interrupts(|| {
             // SAFETY: the page is this vCPU's own.
             unsafe { core.clear(vmcs.physical_address()) };
@@ -157,7 +158,7 @@ impl VmxVcpu {
             host_rsp: 0,
             vpid,
             bank: Rc::new(Bank::new()),
-            extended: NonNull::from(Box::leak(Box::new(ExtendedState::new()))),
+            extended,
             efer_area,
             vmcs,
             core,

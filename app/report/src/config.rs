@@ -86,7 +86,7 @@ fn variable(key: &str) -> String {
 }
 
 /// The keys that stand at the top.
-const TOP: [&str; 14] = [
+const TOP: [&str; 16] = [
     "image",
     "initrd",
     "append",
@@ -94,6 +94,8 @@ const TOP: [&str; 14] = [
     "mmu-pages",
     "mmu-policy",
     "on-exhausted",
+    "fail-allocation",
+    "shrink-at",
     "device",
     "repeat",
     "timeout",
@@ -103,7 +105,7 @@ const TOP: [&str; 14] = [
     "guest",
 ];
 /// The keys of a guest.
-const GUEST: [&str; 14] = [
+const GUEST: [&str; 16] = [
     "name",
     "image",
     "initrd",
@@ -112,6 +114,8 @@ const GUEST: [&str; 14] = [
     "mmu-pages",
     "mmu-policy",
     "on-exhausted",
+    "fail-allocation",
+    "shrink-at",
     "device",
     "repeat",
     "timeout",

@@ -38,6 +38,12 @@ Umbra runs guests, whose files the boot loader passes as modules or in one tar a
                      UMBRA-TRACE (default: text)
   --gdb HOW          let GDB debug it at the machine's second serial port: wait, to begin only when GDB
                      says so, or attach, to run until GDB comes (default: no debugger)
+  --fail-allocation N   for tests: the Nth allocation of a page or more in its first run fails, in its
+                     second the one after that, and so on; N.. lets all from that one on fail; with
+                     --repeat, runs follow each other even where the host ran out of memory
+  --shrink-at WHEN   for tests: takes shadow pages from all guests while it faults (fault), loads page
+                     tables (cr3), gives pages back (commit), or holds its MMU's lock (locked);
+                     WHEN:N does so every Nth time
   --help             print this text
 
 A boot module named umbra.toml holds the same options as keys, and guests as [[guest]] tables; it is
@@ -59,6 +65,8 @@ pub const MINIMUM_MMU_PAGES: u64 = 1;
 pub const MAXIMUM_MMU_PAGES: u64 = 1 << 30;
 /// The most runs of a guest.
 pub const MAXIMUM_REPEAT: u64 = 1_000_000;
+/// The largest number that an option for tests counts to.
+pub const MAXIMUM_COUNT: u64 = 1 << 32;
 /// The longest time limit in seconds: one year.
 pub const MAXIMUM_TIMEOUT: u64 = 365 * 24 * 60 * 60;
 
@@ -121,6 +129,10 @@ pub struct GuestOptions {
     pub on_exhausted: OnExhausted,
     /// The device that it has besides the usual ones, if it has one.
     pub device: Option<Device>,
+    /// What fails for a test, if anything shall.
+    pub fail_allocation: Option<FailAllocation>,
+    /// When shadow pages are taken away for a test, if they shall be.
+    pub shrink_at: Option<ShrinkAt>,
     /// How often it shall run, one run after the other, while it succeeds.
     pub repeat: u64,
     /// The time limit of a run, if it has one.
@@ -145,6 +157,8 @@ impl Default for GuestOptions {
             mmu_policy: MmuPolicy::Clock,
             on_exhausted: OnExhausted::Stop,
             device: None,
+            fail_allocation: None,
+            shrink_at: None,
             repeat: 1,
             timeout: None,
             gdb: None,
@@ -229,6 +243,37 @@ pub enum OnExhausted {
     Raise,
 }
 
+/// Which allocations of a page or more fail in a guest's first run, counted from 1.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum FailAllocation {
+    /// This one.
+    One(u64),
+    /// This one and all that follow.
+    From(u64),
+}
+
+/// When shadow pages are taken away for a test.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ShrinkAt {
+    /// The kind of moment.
+    pub point: ShrinkPoint,
+    /// Every how many of these moments.
+    pub every: u64,
+}
+
+/// A moment in a guest's run.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ShrinkPoint {
+    /// Its fault is being handled, and memory for it is fetched.
+    Fault,
+    /// Its paging registers are being loaded.
+    Cr3,
+    /// Its zapped pages are being freed, with its MMU's lock held.
+    Commit,
+    /// Its translations are being flushed, with its MMU's lock held.
+    Locked,
+}
+
 /// A device that not every guest has.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Device {
@@ -248,6 +293,8 @@ pub(crate) enum Name {
     MmuPolicy,
     OnExhausted,
     Device,
+    FailAllocation,
+    ShrinkAt,
     Repeat,
     Timeout,
     Trace,
@@ -257,7 +304,7 @@ pub(crate) enum Name {
 }
 
 impl Name {
-    pub(crate) const ALL: [Self; 15] = [
+    pub(crate) const ALL: [Self; 17] = [
         Self::Guest,
         Self::Image,
         Self::Initrd,
@@ -267,6 +314,8 @@ impl Name {
         Self::MmuPolicy,
         Self::OnExhausted,
         Self::Device,
+        Self::FailAllocation,
+        Self::ShrinkAt,
         Self::Repeat,
         Self::Timeout,
         Self::Trace,
@@ -286,6 +335,8 @@ impl Name {
             Self::MmuPolicy => "--mmu-policy",
             Self::OnExhausted => "--on-exhausted",
             Self::Device => "--device",
+            Self::FailAllocation => "--fail-allocation",
+            Self::ShrinkAt => "--shrink-at",
             Self::Repeat => "--repeat",
             Self::Timeout => "--timeout",
             Self::Trace => "--trace",
@@ -307,6 +358,8 @@ impl Name {
             Self::MmuPolicy => "clock or fifo, as in --mmu-policy fifo",
             Self::OnExhausted => "stop or raise, as in --on-exhausted raise",
             Self::Device => "a device, as in --device testdev",
+            Self::FailAllocation => "a number, as in --fail-allocation 1 or --fail-allocation 1..",
+            Self::ShrinkAt => "fault, cr3, commit or locked, as in --shrink-at fault:3",
             Self::Repeat => "a number, as in --repeat 100",
             Self::Timeout => "seconds, as in --timeout 30",
             Self::Trace => "exits, mmu, devices or all, as in --trace exits,mmu",
@@ -442,6 +495,28 @@ fn set(options: &mut GuestOptions, name: Name, value: &str) -> Result<(), Option
             "testdev" => options.device = Some(Device::TestDevice),
             _ => return Err(bad_value(name, value, "there is no such device")),
         },
+        Name::FailAllocation => {
+            let (digits, fails): (_, fn(u64) -> FailAllocation) = match value.strip_suffix("..") {
+                Some(digits) => (digits, FailAllocation::From),
+                None => (value, FailAllocation::One),
+            };
+            let first = number(name, digits)?;
+            check_range(name, value, first, 1, MAXIMUM_COUNT)?;
+            options.fail_allocation = Some(fails(first));
+        }
+        Name::ShrinkAt => {
+            let (point, every) = value.split_once(':').unwrap_or((value, "1"));
+            let point = match point {
+                "fault" => ShrinkPoint::Fault,
+                "cr3" => ShrinkPoint::Cr3,
+                "commit" => ShrinkPoint::Commit,
+                "locked" => ShrinkPoint::Locked,
+                _ => return Err(bad_value(name, value, "there is no such moment")),
+            };
+            let every = number(name, every)?;
+            check_range(name, value, every, 1, MAXIMUM_COUNT)?;
+            options.shrink_at = Some(ShrinkAt { point, every });
+        }
         Name::Repeat => {
             let times = number(name, value)?;
             check_range(name, value, times, 1, MAXIMUM_REPEAT)?;
@@ -870,6 +945,30 @@ mod tests {
         assert_eq!(raising.on_exhausted, OnExhausted::Raise);
         let stopping = run(&["--on-exhausted=stop"]);
         assert_eq!(stopping.on_exhausted, OnExhausted::Stop);
+        for (text, fails) in [
+            ("7", FailAllocation::One(7)),
+            ("7..", FailAllocation::From(7)),
+        ] {
+            let options = run(&["--fail-allocation", text]);
+            assert_eq!(options.fail_allocation, Some(fails));
+        }
+        for text in ["0", "..", "1...", "x", "-1"] {
+            let error = error(&["--fail-allocation", text]);
+            assert!(error.contains("--fail-allocation"), "{error}");
+        }
+        for (text, point, every) in [
+            ("fault", ShrinkPoint::Fault, 1),
+            ("cr3:2", ShrinkPoint::Cr3, 2),
+            ("commit:30", ShrinkPoint::Commit, 30),
+            ("locked:1", ShrinkPoint::Locked, 1),
+        ] {
+            let options = run(&["--shrink-at", text]);
+            assert_eq!(options.shrink_at, Some(ShrinkAt { point, every }));
+        }
+        for text in ["", "fault:", "fault:0", "cr2", "locked:1:1"] {
+            let error = error(&["--shrink-at", text]);
+            assert!(error.contains("--shrink-at"), "{error}");
+        }
         assert_eq!(run(&["--device=testdev"]).device, Some(Device::TestDevice));
     }
 
@@ -930,7 +1029,7 @@ mod tests {
             arguments in prop::collection::vec(
                 prop_oneof![
                     "(?s).*",
-                    "--(guest|image|initrd|append|memory|mmu-pages|mmu-policy|on-exhausted|device|repeat|timeout|trace|trace-format|gdb|help)(=(?s).*)?",
+                    "--(guest|image|initrd|append|memory|mmu-pages|mmu-policy|on-exhausted|fail-allocation|shrink-at|device|repeat|timeout|trace|trace-format|gdb|help)(=(?s).*)?",
                     "[0-9]{1,22}[KMG]?",
                 ],
                 0..6,

@@ -52,6 +52,9 @@ pub struct Report {
     /// Which of the guest's runs this was, from 1.
     #[serde(default = "first_run")]
     pub run: u64,
+    /// Bytes of the image's heap that were allocated when this run began.
+    #[serde(default)]
+    pub heap_allocated_at_start: u64,
     /// The image's heap when all that the guest held was given back, flattened as well.
     #[serde(flatten)]
     pub heap: HeapCounters,
@@ -128,6 +131,12 @@ pub struct HeapCounters {
     pub heap_watermark: u64,
     /// Calls of the low-memory callback.
     pub heap_low_memory_calls: u64,
+    /// Bytes that are left for allocations of less than a page: larger ones fail ahead of them.
+    pub heap_reserve: u64,
+    /// Allocations that failed.
+    pub heap_failed: u64,
+    /// Shadow pages of all guests that still run.
+    pub mmu_pages_all: u64,
     /// MMUs that the low-memory callback passed over because they were locked.
     pub shrink_skipped: u64,
 }
@@ -177,6 +186,7 @@ impl Report {
             exhausted: None,
             fault_rates: None,
             run: 1,
+            heap_allocated_at_start: 0,
             heap: HeapCounters::default(),
             unknown_ports: 0,
             unknown_msrs: 0,
@@ -315,17 +325,21 @@ mod tests {
             "run",
             "heap_free",
             "heap_allocated",
+            "heap_allocated_at_start",
             "heap_allocations",
+            "mmu_pages_all",
             "heap_low_water",
             "heap_watermark",
             "heap_low_memory_calls",
+            "heap_reserve",
+            "heap_failed",
             "shrink_skipped",
             "unknown_ports",
             "unknown_msrs",
         ] {
             assert!(object.get(key).is_some(), "{key} is missing in {json}");
         }
-        assert_eq!(object.as_object().unwrap().len(), 38);
+        assert_eq!(object.as_object().unwrap().len(), 42);
         assert_eq!(object["outcome"], "no-mmu-pages");
         assert_eq!(object["exit_code"], 4);
         assert_eq!(object["driver"], "svm");

@@ -21,12 +21,15 @@ use core::ptr;
 use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering::Relaxed};
 
 use hermit::mm::{
-    HeapStatistics, heap_statistics, set_low_memory_callback, set_low_memory_watermark,
+    HeapStatistics, fail_requests, heap_statistics, set_heap_reserve, set_low_memory_callback,
+    set_low_memory_watermark, with_fallible_requests,
 };
 use hermit::println;
 
 /// What the hoard consists of.
 const BLOCK: Layout = layout(64 << 10);
+/// Less than a page.
+const SMALL: Layout = layout(256);
 /// Does not fit once the hoard has filled the heap.
 const LARGE: Layout = layout(1 << 20);
 /// Larger than any heap.
@@ -62,6 +65,8 @@ extern "C" fn main(_argc: i32, _argv: *const *const c_char, _env: *const *const 
     reallocates(&mut checks);
     zeroes(&mut checks);
     keeps_the_watermark(&mut checks);
+    keeps_the_reserve(&mut checks);
+    fails_for_tests(&mut checks);
 
     println!("low_memory_callback: {} checks passed", checks.passed);
     hermit::scheduler::shutdown(0);
@@ -295,6 +300,50 @@ fn keeps_the_watermark(checks: &mut Checks) {
     );
     checks.check("and has asked only once", calls() == 3, calls());
     set_low_memory_watermark(0);
+}
+
+fn keeps_the_reserve(checks: &mut Checks) {
+    BLOCKS_PER_CALL.store(0, Relaxed);
+    let free = heap_statistics().free;
+    set_heap_reserve(free - LARGE.size());
+    let block = request(LARGE);
+    checks.check("others get at the reserve", !block.is_null(), block);
+    with_fallible_requests(|| {
+        let large = request(BLOCK);
+        checks.check("what may fail does not", large.is_null(), large);
+        let small = request(SMALL);
+        checks.check("small requests do", !small.is_null(), small);
+        release(small, SMALL);
+    });
+    let again = request(BLOCK);
+    checks.check("and others again", !again.is_null(), again);
+    release(again, BLOCK);
+    release(block, LARGE);
+
+    set_heap_reserve(0);
+    let block = with_fallible_requests(|| request(BLOCK));
+    checks.check("without a reserve, all do", !block.is_null(), block);
+    release(block, BLOCK);
+}
+
+fn fails_for_tests(checks: &mut Checks) {
+    let before = heap_statistics();
+    fail_requests(1, 2);
+    let other = request(BLOCK);
+    checks.check("what must not fail does not count", !other.is_null(), other);
+    release(other, BLOCK);
+    let blocks = with_fallible_requests(|| [(); 4].map(|()| request(BLOCK)));
+    let failed = blocks.map(<*mut u8>::is_null);
+    checks.check(
+        "the second and the third request fail",
+        failed == [false, true, true, false],
+        failed,
+    );
+    let after = heap_statistics().failed_requests - before.failed_requests;
+    checks.check("which is counted", after == 2, after);
+    for block in blocks.into_iter().filter(|block| !block.is_null()) {
+        release(block, BLOCK);
+    }
 }
 
 /// The callback under test.
