@@ -3,7 +3,9 @@
 use umbra_loader::{CODE_SELECTOR, DATA_SELECTOR, DESCRIPTORS_SIZE, EntryState};
 use umbra_vcpu::Vcpu;
 use umbra_vcpu::address::Gva;
-use umbra_vcpu::registers::{ControlRegisters, DescriptorTable, Gpr, Segment, SegmentRegister};
+use umbra_vcpu::registers::{
+    ControlRegisters, DescriptorTable, Gpr, Segment, SegmentAttributes, SegmentRegister,
+};
 use x86_64::registers::control::{Cr0Flags, Cr4Flags};
 use x86_64::registers::model_specific::EferFlags;
 
@@ -68,6 +70,19 @@ pub fn enter_state(vcpu: &mut dyn Vcpu, entry: &EntryState) {
             registers.set(Gpr::Rdi, rdi);
             registers.set(Gpr::Rsp, rsp);
         }
+        EntryState::Real {
+            cs,
+            ip,
+            data,
+            sp,
+            dx,
+        } => {
+            enter_real_mode(vcpu, cs, data);
+            let registers = vcpu.registers_mut();
+            registers.rip = u64::from(ip);
+            registers.set(Gpr::Rsp, u64::from(sp));
+            registers.set(Gpr::Rdx, u64::from(dx));
+        }
         EntryState::Long64 { rip, rsi, cr3, gdt } => {
             set_segments(vcpu, Segment::flat_code64(CODE_SELECTOR), DATA_SELECTOR);
             vcpu.set_gdtr(descriptor_table(gdt));
@@ -83,6 +98,38 @@ pub fn enter_state(vcpu: &mut dyn Vcpu, entry: &EntryState) {
             registers.set(Gpr::Rsi, rsi);
         }
     }
+}
+
+/// Real mode with the interrupt vectors at address 0.
+fn enter_real_mode(vcpu: &mut dyn Vcpu, code: u16, data: u16) {
+    const CODE_RIGHTS: u32 = 0x9b;
+    const DATA_RIGHTS: u32 = 0x93;
+    let segment = |selector: u16, rights| Segment {
+        selector,
+        base: Gva::new(u64::from(selector) << 4),
+        limit: 0xffff,
+        attributes: SegmentAttributes::from_bits_retain(rights),
+    };
+    for register in SegmentRegister::ALL {
+        let loaded = match register {
+            SegmentRegister::Cs => segment(code, CODE_RIGHTS),
+            SegmentRegister::Ldtr => Segment::UNUSABLE,
+            SegmentRegister::Tr => Segment::busy_tss(0, 0xffff),
+            _ => segment(data, DATA_RIGHTS),
+        };
+        vcpu.set_segment(register, loaded);
+    }
+    vcpu.set_idtr(DescriptorTable {
+        base: Gva::new(0),
+        limit: 0x3ff,
+    });
+    set_control(
+        vcpu,
+        Cr0Flags::EXTENSION_TYPE,
+        0,
+        Cr4Flags::empty(),
+        EferFlags::empty(),
+    );
 }
 
 fn set_segments(vcpu: &mut dyn Vcpu, code: Segment, data_selector: u16) {

@@ -12,6 +12,8 @@ use alloc::format;
 use alloc::string::String;
 use alloc::sync::Arc;
 
+use umbra_emulator::TaskSwitch;
+use umbra_firmware::Firmware;
 use umbra_inspect::ExitLog;
 use umbra_inspect::trace::{Event, FaultResult, Trace};
 use umbra_machine::processor::cpuid::CpuidPolicy;
@@ -19,7 +21,7 @@ use umbra_machine::{Attention, Machine, Shutdown, Timers};
 use umbra_mmu::{Mmu, MmuError, RootChange};
 use umbra_report::options::TraceFormat;
 use umbra_report::{Exhausted, MmuCounters, Outcome, Report};
-use umbra_vcpu::event::{Exception, TripleFault, Window, vector};
+use umbra_vcpu::event::{Blocking, Exception, TripleFault, Window, vector};
 use umbra_vcpu::exit::Exit;
 use umbra_vcpu::{EntryFailure, Flush, Vcpu};
 
@@ -30,7 +32,7 @@ use crate::paging::Paging;
 use crate::rates::Rates;
 use crate::shortage::Shortage;
 use crate::uhyve::Uhyve;
-use crate::{control, mmio, platform, ports, protection_keys, timestamp};
+use crate::{control, emulation, mmio, platform, ports, protection_keys, timestamp};
 
 /// Why a guest ends.
 #[derive(Debug)]
@@ -132,6 +134,10 @@ pub struct Guest {
     pub start: Option<u64>,
     /// Whether it waits for an interrupt.
     pub halted: Halted,
+    /// Its BIOS, if it has one.
+    pub firmware: Option<Firmware>,
+    /// What the instruction that is being carried out begins to block.
+    pub blocking: Option<Blocking>,
 }
 
 /// Whether the guest waits for an interrupt.
@@ -305,7 +311,10 @@ impl Guest {
         if self.debugged.is_some() && gdb::after_exit(self, rip) {
             return Ok(Progress::Stopped);
         }
-        if matches!(exit, Exit::HostInterrupt | Exit::TimeSliceEnd) {
+        if matches!(
+            exit,
+            Exit::HostInterrupt | Exit::TimeSliceEnd | Exit::NotEnterable
+        ) {
             self.check_deadline()?;
             return Ok(Progress::Interrupted);
         }
@@ -387,8 +396,9 @@ impl Guest {
         Ok(())
     }
 
+    /// Handles an exit, or what an instruction that was not left to the processor means to the run loop.
     #[inline(never)]
-    fn handle(&mut self, exit: &Exit) -> Result<(), End> {
+    pub fn handle(&mut self, exit: &Exit) -> Result<(), End> {
         match *exit {
             Exit::PageFault {
                 address,
@@ -440,9 +450,21 @@ impl Guest {
             | Exit::MonitorWait
             | Exit::VirtualizationInstruction => self.raise(Exception::INVALID_OPCODE),
             Exit::ReadPerformanceCounter => self.raise(Exception::GENERAL_PROTECTION),
-            Exit::TaskSwitch { selector, .. } => Err(self.unsupported(format!(
-                "a task switch to selector {selector:#x}; only interrupt gates are supported"
-            ))),
+            Exit::TaskSwitch {
+                selector,
+                source,
+                error_code,
+                resume_rip,
+            } => emulation::switch_task(
+                self,
+                &TaskSwitch {
+                    selector,
+                    source,
+                    error_code,
+                    resume_rip,
+                },
+            ),
+            Exit::NotEnterable => emulation::until_enterable(self),
             Exit::TripleFault => Err(End::new(
                 Outcome::TripleFault,
                 format!("the guest shut down at {:#x}", self.vcpu.registers().rip),
@@ -545,7 +567,7 @@ fn end_of_machine(shutdown: Shutdown) -> End {
 }
 
 /// The names under which exits are counted.
-const REASONS: [&str; 28] = [
+const REASONS: [&str; 29] = [
     "page_fault",
     "exception",
     "host_interrupt",
@@ -574,6 +596,7 @@ const REASONS: [&str; 28] = [
     "triple_fault",
     "time_slice_end",
     "unknown",
+    "not_enterable",
 ];
 
 /// The place of an exit's reason in [`REASONS`].
@@ -607,6 +630,7 @@ const fn reason(exit: &Exit) -> usize {
         Exit::TripleFault => 25,
         Exit::TimeSliceEnd => 26,
         Exit::Unknown { .. } => 27,
+        Exit::NotEnterable => 28,
     }
 }
 

@@ -8,12 +8,14 @@ use alloc::vec::Vec;
 use hermit::mm::with_fallible_requests;
 use umbra_inspect::ExitLog;
 use umbra_inspect::trace::Trace;
-use umbra_loader::{BootClock, Format, LoadError, LoadRequest, MemoryMap, Module};
+use umbra_loader::{
+    Bios, BootClock, Format, LinuxEntry, LoadError, LoadRequest, MemoryMap, Module,
+};
 use umbra_machine::devices::fw_cfg::{E820Entry, FwCfg};
 use umbra_machine::processor::cpuid::CpuidPolicy;
 use umbra_machine::{Configuration, Machine, TimeBase, acpi};
 use umbra_mmu::{MmuConfig, OutOfMemory, SlotError, VictimPolicy};
-use umbra_report::options::{Device, GuestOptions, MmuPolicy, Options, Traced};
+use umbra_report::options::{Device, Entry, GuestOptions, MmuPolicy, Options, Traced};
 use umbra_report::{ExitCode, Outcome, Report};
 use umbra_vcpu::address::{Gfn, PAGE_SIZE};
 use umbra_vcpu::instruction;
@@ -31,7 +33,7 @@ use crate::rates::Rates;
 use crate::schedule::Schedule;
 use crate::shortage::Shortage;
 use crate::uhyve::Uhyve;
-use crate::{advice, archive, control, entry, injection, platform, pressure, timestamp};
+use crate::{advice, archive, bios, control, entry, injection, platform, pressure, timestamp};
 
 /// Runs the guests that `options` ask for to their ends, and returns the image's exit code.
 pub fn run_guests(options: &Options, files: &BootFiles) -> ExitCode {
@@ -147,6 +149,10 @@ fn prepare(
         modules: module.as_slice(),
         memory_map: &memory_map,
         acpi_root: Some(acpi::ADDRESS),
+        linux_entry: match options.entry {
+            Entry::Kernel => LinuxEntry::Kernel,
+            Entry::RealMode => LinuxEntry::RealMode,
+        },
         clock: BootClock {
             tsc_khz: u32::try_from(timestamp::frequency() / 1000).unwrap_or(u32::MAX),
             unix_nanoseconds: platform::unix_time().saturating_mul(1_000_000_000),
@@ -186,6 +192,19 @@ fn prepare(
     if let Some(initrd) = files.initrd {
         machine.fw_cfg_mut().set_initrd(initrd);
     }
+    let firmware = match loaded.bios {
+        Bios::Absent => None,
+        Bios::Present => {
+            let disk = (loaded.format == Format::BootSector).then_some(files.image);
+            let installed = bios::install(&host, &mut machine, &memory_map, disk);
+            Some(installed.map_err(|cause| {
+                End::new(
+                    Outcome::HostOutOfMemory,
+                    format!("no place for the guest's BIOS: {cause}"),
+                )
+            })?)
+        }
+    };
     let guest_pages = (options.memory / PAGE_SIZE) as usize;
     let config = MmuConfig {
         features: control::mmu_features(cpuid.features()),
@@ -249,6 +268,8 @@ fn prepare(
         deadline,
         start: None,
         halted: Halted::No,
+        firmware,
+        blocking: None,
     })
 }
 

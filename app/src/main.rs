@@ -13,6 +13,7 @@ extern crate alloc;
 mod advice;
 mod alarm;
 mod archive;
+mod bios;
 mod console;
 mod control;
 #[allow(unsafe_code, reason = "switching virtualization on")]

@@ -193,14 +193,35 @@ impl Paging {
             rflags: RFlags::from_bits_retain(vcpu.registers().rflags),
             marking: Marking::SetAccessedDirty,
         };
+        self.translate_for(gva, &access)
+    }
+
+    fn translate_for(&self, gva: Gva, access: &Access) -> Result<Gpa, PageFault> {
         loop {
-            match self.mmu.translate(&self.vcpu, gva, &access) {
+            match self.mmu.translate(&self.vcpu, gva, access) {
                 Ok(gpa) => return Ok(gpa),
                 Err(TranslateError::Fault(fault)) => return Err(fault),
                 // Another processor has changed the tables meanwhile.
                 Err(TranslateError::Retry) => {}
             }
         }
+    }
+
+    /// Translates an address that the processor itself accesses: a descriptor table or the like.
+    ///
+    /// # Errors
+    /// The page fault that the guest must see.
+    pub fn translate_system(&self, gva: Gva, kind: AccessKind) -> Result<Gpa, PageFault> {
+        self.translate_for(
+            gva,
+            &Access {
+                kind,
+                cpl: 0,
+                // No AC: it does not open user pages to such accesses (SDM vol. 3A 4.6).
+                rflags: RFlags::empty(),
+                marking: Marking::SetAccessedDirty,
+            },
+        )
     }
 
     /// Whether `length` bytes at an address are RAM.

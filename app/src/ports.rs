@@ -8,7 +8,7 @@ use umbra_vcpu::exit::{IoAccess, IoDirection, IoOperand};
 use umbra_vcpu::registers::Gpr;
 
 use crate::guest::{End, Guest};
-use crate::{emulation, uhyve};
+use crate::{bios, emulation, uhyve};
 
 /// Carries out the instruction that the guest stopped at.
 pub fn access(guest: &mut Guest, access: IoAccess) -> Result<(), End> {
@@ -20,7 +20,9 @@ pub fn access(guest: &mut Guest, access: IoAccess) -> Result<(), End> {
     }
     let result = match access.operand {
         IoOperand::Accumulator => {
-            accumulator(guest, access);
+            if bios::call(guest, access) == bios::Access::Device {
+                accumulator(guest, access);
+            }
             guest.vcpu.skip_instruction();
             Ok(())
         }

@@ -120,6 +120,8 @@ impl<'a> Builder<'a> {
         let linked = self.binary(&guest.target, &guest.name);
         if guest.is_elf32() {
             linked.with_extension("elf32")
+        } else if guest.is_boot_sector() {
+            linked.with_extension("img")
         } else {
             linked
         }
@@ -202,6 +204,13 @@ impl<'a> Builder<'a> {
             command.arg(self.binary(&guest.target, &guest.name));
             command.arg(self.own_guest(guest));
             Step::new(&format!("making {} an ELF32", guest.name)).run(&mut command)?;
+        }
+        for guest in self.guests.iter().filter(|guest| guest.is_boot_sector()) {
+            let mut command = clean("objcopy");
+            command.args(["-O", "binary", "--only-section=.boot_sector"]);
+            command.arg(self.binary(&guest.target, &guest.name));
+            command.arg(self.own_guest(guest));
+            Step::new(&format!("cutting {} out", guest.name)).run(&mut command)?;
         }
         Ok(())
     }

@@ -35,6 +35,11 @@ pub struct Guest {
 }
 
 impl Guest {
+    /// Whether it is a boot sector, which is cut out of the linked program.
+    pub fn is_boot_sector(&self) -> bool {
+        self.format.iter().any(|format| format == "boot-sector")
+    }
+
     /// Whether it is a 64-bit program that is made an ELF32 after it is linked, as Multiboot loaders
     /// want it.
     pub fn is_elf32(&self) -> bool {

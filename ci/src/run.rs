@@ -57,6 +57,9 @@ pub struct Options {
     /// A device that the guest has besides the usual ones: testdev [default: what the guest needs]
     #[arg(long, value_name = "NAME")]
     device: Option<String>,
+    /// Where a Linux kernel is entered: kernel or real-mode [default: kernel].
+    #[arg(long)]
+    entry: Option<String>,
     #[command(flatten)]
     hardware: Hardware,
     /// Take the monitor's commands at a local TCP port as well, a line each, with replies in JSON
@@ -238,6 +241,7 @@ fn arguments(options: &Options, source: Option<&Source>) -> Vec<String> {
                 .or(source.and_then(Source::device))
                 .map(str::to_owned),
         ),
+        ("--entry", options.entry.clone()),
     ];
     let given = values.into_iter();
     given

@@ -67,6 +67,8 @@ pub struct Scenario {
     pub disk: disk::Format,
     /// A device that the guest has besides the usual ones, as in `testdev`.
     device: Option<String>,
+    /// Where a Linux kernel is entered, as in `real-mode`.
+    entry: Option<String>,
     /// The whole machine's memory in MiB, instead of what is comfortable for the guest's.
     pub machine_memory_mib: Option<u64>,
     /// QEMU's machine, as in `q35` or `microvm,acpi=off`.
@@ -153,6 +155,7 @@ const KEYS: Keys = Keys(&[
     ("memory", LEAF),
     ("disk", LEAF),
     ("device", LEAF),
+    ("entry", LEAF),
     ("machine_memory_mib", LEAF),
     ("machine", LEAF),
     ("cpu", LEAF),
@@ -319,6 +322,7 @@ impl Scenario {
             memory: None,
             disk: disk::Format::Raw,
             device: guest.device.clone(),
+            entry: None,
             machine_memory_mib: None,
             machine: None,
             cpu: None,
@@ -459,6 +463,7 @@ impl Scenario {
             ("--mmu-policy", self.mmu_policy.clone()),
             ("--on-exhausted", self.on_exhausted.clone()),
             ("--device", self.device.clone()),
+            ("--entry", self.entry.clone()),
             (
                 "--timeout",
                 self.watchdog.map(|seconds| seconds.to_string()),

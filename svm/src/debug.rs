@@ -15,8 +15,10 @@ pub const DR7_RESET: u64 = 0x400;
 const DR6_BD: u64 = 1 << 13;
 /// DR6.BS: a single step.
 pub const DR6_BS: u64 = 1 << 14;
-const DR6_WRITABLE: u64 = 0xe00f;
-const DR7_WRITABLE: u64 = 0xffff_23ff;
+/// The bits of DR6 that software sets.
+pub const DR6_WRITABLE: u64 = 0xe00f;
+/// The bits of DR7 that software sets.
+pub const DR7_WRITABLE: u64 = 0xffff_23ff;
 const DR7_GD: u64 = 1 << 13;
 const DR7_ENABLES: u64 = 0xff;
 /// The longest range that a breakpoint covers, in bytes.

@@ -2,7 +2,9 @@
 
 use umbra_vcpu::address::Gva;
 use umbra_vcpu::event::{Exception, vector};
-use umbra_vcpu::exit::{ControlRegister, Exit, IoAccess, IoDirection, IoOperand, IoWidth, Repeat};
+use umbra_vcpu::exit::{
+    ControlRegister, Exit, IoAccess, IoDirection, IoOperand, IoWidth, Repeat, TaskSwitchSource,
+};
 use umbra_vcpu::instruction::iced_x86::{Instruction, Mnemonic, Register};
 use umbra_vcpu::instruction::{decode, memory_operand};
 use umbra_vcpu::registers::{CodeWidth, ControlRegisters, Gpr, SegmentRegister};
@@ -15,6 +17,7 @@ use crate::decode::{
     self, CPUID, ControlAccess, MAX_LENGTH, Plain, RDMSR, VMMCALL, WRMSR, control_access,
     debug_access, exit_code, load_machine_status, string_operand,
 };
+use crate::injection;
 use crate::vcpu::{StepReason, SvmVcpu};
 
 const CR4_DE: u64 = 1 << 3;
@@ -164,10 +167,7 @@ impl SvmVcpu {
             }
             exit_code::INVLPG => self.invalidate_page_exit(first, code)?,
             exit_code::IOIO => self.io_exit(first, second, code)?,
-            exit_code::TASK_SWITCH => Exit::TaskSwitch {
-                selector: first as u16,
-                error_code: (second & (1 << 44) != 0).then_some(second as u32),
-            },
+            exit_code::TASK_SWITCH => self.task_switch_exit(first, second, code)?,
             exit_code::SHUTDOWN => Exit::TripleFault,
             exit_code::INVPCID => self.invalidate_pcid_exit(code)?,
             exit_code::RSM
@@ -182,6 +182,42 @@ impl SvmVcpu {
                 information: first,
             },
         }))
+    }
+
+    /// A task switch (APM vol. 2 15.14.1). The processor does not say where an instruction that asked for
+    /// it ends.
+    fn task_switch_exit(
+        &mut self,
+        first: u64,
+        second: u64,
+        code: &mut dyn CodeReader,
+    ) -> Result<Exit, CodeError> {
+        const BY_RETURN: u64 = 1 << 36;
+        const BY_JUMP: u64 = 1 << 38;
+        const HAS_ERROR_CODE: u64 = 1 << 44;
+        let interrupted = self.vmcb().control.exit_interrupt_info;
+        let source = if second & BY_RETURN != 0 {
+            TaskSwitchSource::InterruptReturn
+        } else if second & BY_JUMP != 0 {
+            TaskSwitchSource::Jump
+        } else if injection::is_valid(interrupted) {
+            TaskSwitchSource::Gate
+        } else {
+            TaskSwitchSource::Call
+        };
+        let by_instruction =
+            source != TaskSwitchSource::Gate || injection::is_raised_by_instruction(interrupted);
+        let resume_rip = if by_instruction {
+            self.instruction(code)?.next_ip()
+        } else {
+            self.registers.rip
+        };
+        Ok(Exit::TaskSwitch {
+            selector: first as u16,
+            source,
+            error_code: (second & HAS_ERROR_CODE != 0).then_some(second as u32),
+            resume_rip,
+        })
     }
 
     /// Instructions whose operands are fixed registers.

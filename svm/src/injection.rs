@@ -76,6 +76,22 @@ pub fn decode(information: u64, cr2: Gva) -> Option<Interrupted> {
     })
 }
 
+/// Whether EXITINTINFO holds an event at all.
+pub const fn is_valid(information: u64) -> bool {
+    information & VALID != 0
+}
+
+/// Whether INT n, INT3 or INTO raised the event.
+pub const fn is_raised_by_instruction(information: u64) -> bool {
+    let number = information as u8;
+    is_valid(information)
+        && match (information >> 8) & 7 {
+            TYPE_SOFTWARE => true,
+            TYPE_EXCEPTION => matches!(number, vector::BREAKPOINT | vector::OVERFLOW),
+            _ => false,
+        }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

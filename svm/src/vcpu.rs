@@ -5,7 +5,7 @@ use alloc::sync::Arc;
 use core::ptr::NonNull;
 
 use umbra_vcpu::address::{Gva, Hpa};
-use umbra_vcpu::event::{Event, EventQueue, Exception, Window, Windows, vector};
+use umbra_vcpu::event::{Blocking, Event, EventQueue, Exception, Window, Windows, vector};
 use umbra_vcpu::exit::ExitRecord;
 use umbra_vcpu::extended_state::ExtendedState;
 use umbra_vcpu::host::{HostMemory, PageBlock};
@@ -21,7 +21,7 @@ use x86_64::registers::rflags::RFlags;
 
 use crate::capability::{Capabilities, Control, Features, efer};
 use crate::core_state::{Asid, Core, EnableError};
-use crate::debug::{DR6_BS, DR6_RESET, DR7_RESET, DebugRegisters};
+use crate::debug::{DR6_BS, DR6_RESET, DR6_WRITABLE, DR7_RESET, DR7_WRITABLE, DebugRegisters};
 use crate::permission::{ADDRESS_MSRS, msr};
 use crate::vmcb::{
     INTERRUPT_SHADOW, Intercepts3, Intercepts4, Intercepts5, InterruptControl, SegmentField,
@@ -667,6 +667,46 @@ impl Vcpu for SvmVcpu {
     fn finish_instruction(&mut self, next_rip: u64) {
         self.next_rip = None;
         self.complete(next_rip);
+    }
+
+    fn set_instruction_end(&mut self, next_rip: u64) {
+        self.next_rip = Some(next_rip);
+    }
+
+    fn block_interrupts(&mut self, blocking: Blocking) {
+        match blocking {
+            Blocking::Sti | Blocking::MovSs => {
+                self.vmcb_mut().control.interrupt_shadow = INTERRUPT_SHADOW;
+            }
+            Blocking::Nmi => self.nmi_masked = true,
+        }
+        self.usual_events = false;
+    }
+
+    fn unblock_nmis(&mut self) {
+        self.nmi_masked = false;
+        self.usual_events = false;
+    }
+
+    fn debug_register(&mut self, number: u8) -> u64 {
+        match number {
+            6 => self.vmcb().save.dr6,
+            7 => self.debug.dr7,
+            _ => self.debug.addresses[usize::from(number & 3)],
+        }
+    }
+
+    fn set_debug_register(&mut self, number: u8, value: u64) {
+        match number {
+            6 => self.vmcb_mut().save.dr6 = value & DR6_WRITABLE | DR6_RESET,
+            7 => self.debug.dr7 = value & DR7_WRITABLE | DR7_RESET,
+            _ => self.debug.addresses[usize::from(number & 3)] = value,
+        }
+    }
+
+    fn is_enterable(&mut self) -> bool {
+        // Real mode is a guest state like any other (APM vol. 2 15.19).
+        true
     }
 
     fn extended_state_mut(&mut self) -> &mut ExtendedState {

@@ -265,6 +265,17 @@ impl EventQueue {
     }
 }
 
+/// What keeps interrupts away from a guest besides RFLAGS.IF.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Blocking {
+    /// STI has just been carried out: maskable interrupts wait until the next instruction ends.
+    Sti,
+    /// SS has just been loaded: all interrupts wait until the next instruction ends.
+    MovSs,
+    /// A non-maskable interrupt is being handled: others wait until an IRET.
+    Nmi,
+}
+
 /// What the guest can take at this instruction boundary.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Windows {

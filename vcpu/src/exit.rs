@@ -97,13 +97,20 @@ pub enum Exit {
     TaskSwitch {
         /// The selector of the new task-state segment.
         selector: u16,
+        /// What asked for it.
+        source: TaskSwitchSource,
         /// The error code that the new task must find on its stack.
         error_code: Option<u32>,
+        /// Where the old task goes on.
+        resume_rip: u64,
     },
     /// The guest shut down: a third fault, or SHUTDOWN.
     TripleFault,
     /// The slice that [`crate::Vcpu::set_time_slice`] gave has ended.
     TimeSliceEnd,
+    /// The hardware cannot enter the guest's state, or cannot deliver the event that is due: nothing
+    /// ran, and the next instruction or the delivery must be carried out in its place.
+    NotEnterable,
     /// An exit that the driver knows nothing of.
     Unknown {
         /// The vendor's number of the exit reason.
@@ -120,6 +127,19 @@ pub struct ExitRecord {
     pub rip: u64,
     /// Why it stopped.
     pub exit: Exit,
+}
+
+/// What asks for a task switch (SDM vol. 3A 8.3).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TaskSwitchSource {
+    /// CALL: the new task is nested in the old one.
+    Call,
+    /// IRET with RFLAGS.NT: back to the task that the old one is nested in.
+    InterruptReturn,
+    /// JMP.
+    Jump,
+    /// An interrupt or exception through a task gate: nested as by CALL.
+    Gate,
 }
 
 /// The control registers whose access can exit.

@@ -89,6 +89,68 @@ impl ExtendedState {
     }
 }
 
+impl ExtendedState {
+    /// MMX register `index`, 0 to 7: the low 64 bits of the x87 register of that number.
+    pub fn mmx(&self, index: u8) -> u64 {
+        if self.area[XSTATE_BV] & XSTATE_X87 == 0 {
+            return 0;
+        }
+        let at = self.mmx_offset(index);
+        let mut bytes = [0; 8];
+        bytes.copy_from_slice(&self.area[at..at + 8]);
+        u64::from_le_bytes(bytes)
+    }
+
+    /// The x87 control word and status word.
+    pub fn x87_words(&self) -> (u16, u16) {
+        if self.area[XSTATE_BV] & XSTATE_X87 == 0 {
+            return (X87_CONTROL, 0);
+        }
+        let word = |at: usize| u16::from_le_bytes([self.area[at], self.area[at + 1]]);
+        (word(0), word(2))
+    }
+
+    /// What FNINIT does: no register is valid, no exception is pending, and all are masked.
+    pub fn reset_x87(&mut self) {
+        self.area[..24].fill(0);
+        self.area[..2].copy_from_slice(&X87_CONTROL.to_le_bytes());
+        if self.area[XSTATE_BV] & XSTATE_X87 == 0 {
+            self.area[X87_REGISTERS..XMM0].fill(0);
+            self.area[XSTATE_BV] |= XSTATE_X87;
+        }
+    }
+
+    /// Sets MMX register `index`, 0 to 7, as an MMX instruction does: sign and exponent become all
+    /// ones, the top of the x87 stack 0, and all its registers valid (SDM vol. 3A 13.2).
+    pub fn set_mmx(&mut self, index: u8, value: u64) {
+        if self.area[XSTATE_BV] & XSTATE_X87 == 0 {
+            self.reset_x87();
+        }
+        // The area has the registers in the order of the stack, which turns with its top.
+        let top = self.x87_top();
+        self.area[X87_REGISTERS..XMM0].rotate_right(16 * usize::from(top));
+        self.area[3] &= !0x38;
+        self.area[4] = 0xff;
+        let at = self.mmx_offset(index);
+        self.area[at..at + 8].copy_from_slice(&value.to_le_bytes());
+        self.area[at + 8..at + 10].fill(0xff);
+    }
+
+    const fn x87_top(&self) -> u8 {
+        self.area[3] >> 3 & 7
+    }
+
+    fn mmx_offset(&self, index: u8) -> usize {
+        let place = index.wrapping_sub(self.x87_top()) & 7;
+        X87_REGISTERS + 16 * usize::from(place)
+    }
+}
+
+/// The x87 control word after FNINIT.
+const X87_CONTROL: u16 = 0x037f;
+/// Where ST0 stands.
+const X87_REGISTERS: usize = 32;
+const XSTATE_X87: u8 = 1 << 0;
 /// Where the header says which components the area holds (SDM vol. 1 13.4.2).
 const XSTATE_BV: usize = 512;
 const XSTATE_SSE: u8 = 1 << 1;
@@ -247,6 +309,25 @@ mod tests {
         }
         assert!(!owner.is_owner(pointer));
         assert_eq!((state.xmm(3), state.xmm(15)), (5, value));
+    }
+
+    #[test]
+    fn mmx_registers_lie_in_x87_registers() {
+        let mut state = ExtendedState::new();
+        state.set_mmx(3, 0x1122_3344_5566_7788);
+        assert_eq!(state.mmx(3), 0x1122_3344_5566_7788);
+        assert_eq!(state.area[4], 0xff, "all are valid");
+        // With another top of the stack the area has them in another order.
+        state.area[3] |= 5 << 3;
+        state.area[X87_REGISTERS..XMM0].rotate_left(5 * 16);
+        assert_eq!(state.mmx(3), 0x1122_3344_5566_7788);
+        state.set_mmx(6, 9);
+        assert_eq!((state.mmx(3), state.mmx(6)), (0x1122_3344_5566_7788, 9));
+        assert_eq!(state.x87_words(), (X87_CONTROL, 0), "the top is 0 again");
+        state.reset_x87();
+        assert_eq!(state.area[4], 0);
+        state.area[XSTATE_BV] = 0;
+        assert_eq!(state.mmx(6), 0, "in its initial state");
     }
 
     #[test]

@@ -24,7 +24,7 @@ pub mod registers;
 use core::fmt;
 
 use address::{Gva, Hpa};
-use event::{EventQueue, Windows};
+use event::{Blocking, EventQueue, Windows};
 use exit::ExitRecord;
 use extended_state::ExtendedState;
 use registers::{
@@ -109,6 +109,26 @@ pub trait Vcpu {
     /// Ends an instruction that was carried out in the guest's place: the guest goes on at `next_rip`,
     /// the interrupt shadow ends, RF is cleared, and single-stepping traps.
     fn finish_instruction(&mut self, next_rip: u64);
+
+    /// Says where the instruction ends that is about to be carried out by the means for an exit, though
+    /// no exit of it has happened: [`Vcpu::skip_instruction`] goes there.
+    fn set_instruction_end(&mut self, next_rip: u64);
+
+    /// Blocks interrupts at the current instruction boundary.
+    fn block_interrupts(&mut self, blocking: Blocking);
+
+    /// Ends the blocking of non-maskable interrupts.
+    fn unblock_nmis(&mut self);
+
+    /// DR0 to DR3, DR6 or DR7, by their numbers.
+    fn debug_register(&mut self, number: u8) -> u64;
+
+    /// Sets DR0 to DR3, DR6 or DR7, whose reserved bits do not count.
+    fn set_debug_register(&mut self, number: u8, value: u64);
+
+    /// Whether the hardware can enter the guest's state and deliver what is due. Where it cannot,
+    /// [`Vcpu::run`] returns [`Exit::NotEnterable`] at once.
+    fn is_enterable(&mut self) -> bool;
 
     /// The guest's x87, SSE and AVX registers, taken out of the processor; the next entry puts them
     /// back.

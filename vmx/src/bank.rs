@@ -151,6 +151,33 @@ impl BankOwner {
         Some(())
     }
 
+    /// Reads DR0 to DR3 or DR6. Interrupts are off.
+    pub fn debug_register(&self, bank: &Rc<Bank>, number: u8) -> u64 {
+        if self.owns(bank) {
+            bank.save(self.has_tsc_aux);
+        }
+        match bank.breakpoints.get(usize::from(number)) {
+            Some(breakpoint) => breakpoint.get(),
+            None => bank.dr6.get(),
+        }
+    }
+
+    /// Writes DR0 to DR3 or DR6. Interrupts are off.
+    pub fn set_debug_register(&self, bank: &Rc<Bank>, number: u8, value: u64) {
+        /// B0 to B3, BD, BS and BT.
+        const WRITABLE: u64 = 0xe00f;
+        if self.owns(bank) {
+            bank.save(self.has_tsc_aux);
+        }
+        match bank.breakpoints.get(usize::from(number)) {
+            Some(breakpoint) => breakpoint.set(value),
+            None => bank.dr6.set(value & WRITABLE | DR6_AT_RESET),
+        }
+        if self.owns(bank) {
+            bank.load(self.has_tsc_aux);
+        }
+    }
+
     fn position(&self, index: u32) -> Option<usize> {
         if index == msr::TSC_AUX && !self.has_tsc_aux {
             return None;

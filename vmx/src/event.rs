@@ -100,6 +100,21 @@ impl Report {
         self.is_valid() && (self.information >> 8) & 7 == PRIVILEGED_SOFTWARE_EXCEPTION
     }
 
+    /// Whether an instruction of the guest's own raised the event as a trap: INT1, INT3 or INTO.
+    pub const fn is_software_trap(self) -> bool {
+        self.is_valid()
+            && matches!(
+                (self.information >> 8) & 7,
+                PRIVILEGED_SOFTWARE_EXCEPTION | SOFTWARE_EXCEPTION
+            )
+    }
+
+    /// Whether an instruction raised the event: INT n besides the software traps.
+    pub const fn is_raised_by_instruction(self) -> bool {
+        self.is_software_trap()
+            || self.is_valid() && (self.information >> 8) & 7 == SOFTWARE_INTERRUPT
+    }
+
     /// Whether the exit happened in an IRET that had unblocked NMIs, so that they must be blocked
     /// again before it runs once more (SDM vol. 3C 28.2.3).
     pub const fn unblocked_nmis(self) -> bool {

@@ -5,7 +5,9 @@
 
 use umbra_vcpu::address::Gva;
 use umbra_vcpu::event::vector;
-use umbra_vcpu::exit::{ControlRegister, Exit, IoAccess, IoDirection, IoOperand, IoWidth, Repeat};
+use umbra_vcpu::exit::{
+    ControlRegister, Exit, IoAccess, IoDirection, IoOperand, IoWidth, Repeat, TaskSwitchSource,
+};
 use umbra_vcpu::registers::{CodeWidth, Gpr, Registers, SegmentRegister};
 use x86_64::structures::idt::PageFaultErrorCode;
 
@@ -73,6 +75,8 @@ pub struct RawExit {
     pub instruction_information: u32,
     /// Guest-linear address.
     pub linear_address: u64,
+    /// VM-exit instruction length, for task switches.
+    pub instruction_length: u32,
 }
 
 impl RawExit {
@@ -91,7 +95,7 @@ impl RawExit {
                     error_code: vmcs.read(fields::EXIT_INTERRUPTION_ERROR_CODE),
                     instruction_length: 0,
                 };
-                if exit.interruption.is_int1() {
+                if exit.interruption.is_software_trap() {
                     exit.interruption.instruction_length =
                         vmcs.read(fields::EXIT_INSTRUCTION_LENGTH);
                 }
@@ -111,6 +115,11 @@ impl RawExit {
             reason::CONTROL_REGISTER | reason::INVLPG => {
                 exit.qualification = vmcs.read(fields::EXIT_QUALIFICATION);
             }
+            reason::TASK_SWITCH => {
+                exit.qualification = vmcs.read(fields::EXIT_QUALIFICATION);
+                exit.vectoring = read_vectoring(vmcs);
+                exit.instruction_length = vmcs.read(fields::EXIT_INSTRUCTION_LENGTH);
+            }
             _ => {
                 exit.qualification = vmcs.read(fields::EXIT_QUALIFICATION);
                 exit.vectoring = read_vectoring(vmcs);
@@ -127,6 +136,18 @@ impl RawExit {
     /// Whether the processor refused to enter the guest.
     pub const fn is_entry_failure(&self) -> bool {
         self.reason & ENTRY_FAILURE != 0
+    }
+
+    /// The length of the instruction that asked for a task switch; 0 if none did, but an interrupt or
+    /// an exception (SDM vol. 3C 28.2.5).
+    const fn task_instruction_length(&self) -> u64 {
+        let by_instruction =
+            !self.vectoring.is_valid() || self.vectoring.is_raised_by_instruction();
+        if by_instruction {
+            self.instruction_length as u64
+        } else {
+            0
+        }
     }
 
     /// The event to deliver again. A task switch through a task gate is itself the delivery of its
@@ -178,11 +199,13 @@ pub fn decode(raw: &RawExit, registers: &Registers, guest: &mut impl GuestView) 
         reason::NMI_WINDOW => Exit::NmiWindow,
         reason::TASK_SWITCH => Exit::TaskSwitch {
             selector: raw.qualification as u16,
+            source: task_switch_source(raw.qualification),
             error_code: raw
                 .vectoring
                 .is_valid()
                 .then(|| raw.vectoring.exception(None).error_code)
                 .flatten(),
+            resume_rip: registers.rip.wrapping_add(raw.task_instruction_length()),
         },
         reason::INVD | reason::WBINVD => Exit::InvalidateCaches,
         reason::INVLPG => Exit::InvalidatePage(Gva::new(raw.qualification)),
@@ -205,6 +228,16 @@ pub fn decode(raw: &RawExit, registers: &Registers, guest: &mut impl GuestView) 
         },
         reason::INVPCID => decode_invpcid(raw, registers, guest),
         _ => decode_plain(raw.reason, registers).unwrap_or(unknown(raw)),
+    }
+}
+
+/// SDM vol. 3C table 28-2.
+const fn task_switch_source(qualification: u64) -> TaskSwitchSource {
+    match qualification >> 30 & 3 {
+        0 => TaskSwitchSource::Call,
+        1 => TaskSwitchSource::InterruptReturn,
+        2 => TaskSwitchSource::Jump,
+        _ => TaskSwitchSource::Gate,
     }
 }
 
@@ -566,11 +599,46 @@ mod tests {
             decode_in(CodeWidth::Bits32, raw),
             Exit::TaskSwitch {
                 selector: 0x28,
-                error_code: Some(0x10)
+                source: TaskSwitchSource::Gate,
+                error_code: Some(0x10),
+                resume_rip: 0,
             }
         );
         raw.qualification = 0x28;
         assert!(raw.interrupted().is_valid());
+    }
+
+    #[test]
+    fn instructions_that_switch_tasks_end_before_the_old_task_goes_on() {
+        let switch = |source: u64, vectoring: u32| RawExit {
+            reason: u32::from(reason::TASK_SWITCH),
+            qualification: source << 30 | 0x30,
+            vectoring: Report {
+                information: vectoring,
+                ..Report::default()
+            },
+            instruction_length: 5,
+            ..RawExit::default()
+        };
+        for (source, vectoring, expected, resume_rip) in [
+            (0, 0, TaskSwitchSource::Call, 5),
+            (1, 0, TaskSwitchSource::InterruptReturn, 5),
+            (2, 0, TaskSwitchSource::Jump, 5),
+            (3, 0x8000_0480, TaskSwitchSource::Gate, 5),
+            (3, 0x8000_0603, TaskSwitchSource::Gate, 5),
+            (3, 0x8000_0020, TaskSwitchSource::Gate, 0),
+            (3, 0x8000_0300, TaskSwitchSource::Gate, 0),
+        ] {
+            assert_eq!(
+                decode_in(CodeWidth::Bits32, switch(source, vectoring)),
+                Exit::TaskSwitch {
+                    selector: 0x30,
+                    source: expected,
+                    error_code: None,
+                    resume_rip,
+                }
+            );
+        }
     }
 
     #[test]

@@ -24,6 +24,7 @@ pub mod host;
 mod instructions;
 mod msr;
 mod paging;
+mod real_mode;
 pub mod vcpu;
 
 pub use host::{EnableError, Vmx, probe};

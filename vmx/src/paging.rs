@@ -1,7 +1,8 @@
 //! The hardware's control registers, derived from the guest's and from the shadow paging.
 //!
 //! The hardware always pages with CR0.WP and EFER.NXE set. The guest reads its own values through
-//! read shadows; it may change only bits that mean the same to both.
+//! read shadows; it may change only bits that mean the same to both. Real mode runs as virtual-8086
+//! mode: CR0.PE is set, and what acts on privilege level 3 is off.
 #![deny(unsafe_code)]
 
 use umbra_vcpu::registers::ControlRegisters;
@@ -39,6 +40,12 @@ const CR4_PASSED: u64 = CR4_GUEST_OWNED
 const CR4_WITH_GUEST_PAGING: u64 = Cr4Flags::SUPERVISOR_MODE_EXECUTION_PROTECTION.bits()
     | Cr4Flags::SUPERVISOR_MODE_ACCESS_PREVENTION.bits();
 
+/// Bits of CR4 that act on code at privilege level 3, as which real mode runs.
+const CR4_OF_USER_CODE: u64 = Cr4Flags::VIRTUAL_8086_MODE_EXTENSIONS.bits()
+    | Cr4Flags::PROTECTED_MODE_VIRTUAL_INTERRUPTS.bits()
+    | Cr4Flags::TIMESTAMP_DISABLE.bits()
+    | Cr4Flags::USER_MODE_INSTRUCTION_PREVENTION.bits();
+
 /// What the VMCS holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct HardwareControl {
@@ -55,8 +62,8 @@ pub struct HardwareControl {
 }
 
 impl HardwareControl {
-    /// Derives the hardware's values. CR0.PE stays the guest's, and a shadow mode that does not fit
-    /// the guest's mode stays visible: the checker refuses both.
+    /// Derives the hardware's values. A shadow mode that does not fit the guest's mode stays visible:
+    /// the checker refuses it.
     pub fn derive(
         guest: &ControlRegisters,
         paging: ShadowPaging,
@@ -64,14 +71,19 @@ impl HardwareControl {
         cr4_fixed: FixedBits,
     ) -> Self {
         const PE: u64 = Cr0Flags::PROTECTED_MODE_ENABLE.bits();
-        let cr0_passed = CR0_GUEST_OWNED | PE;
-        let cr0 = guest.cr0 & cr0_passed
+        let real_mode = is_real_mode(guest);
+        let mut cr0 = guest.cr0 & CR0_GUEST_OWNED
             | Cr0Flags::EXTENSION_TYPE.bits()
             | (Cr0Flags::PAGING | Cr0Flags::WRITE_PROTECT | Cr0Flags::NUMERIC_ERROR).bits()
-            | cr0_fixed.ones & !PE;
+            | cr0_fixed.ones
+            | PE;
         let mut cr4 = guest.cr4 & CR4_PASSED
             | (Cr4Flags::PHYSICAL_ADDRESS_EXTENSION | Cr4Flags::MACHINE_CHECK_EXCEPTION).bits()
             | cr4_fixed.ones;
+        if real_mode {
+            cr0 &= !Cr0Flags::ALIGNMENT_MASK.bits();
+            cr4 &= !CR4_OF_USER_CODE;
+        }
         if guest.cr0 & Cr0Flags::PAGING.bits() != 0 {
             cr4 |= guest.cr4 & CR4_WITH_GUEST_PAGING;
         }
@@ -92,6 +104,11 @@ impl HardwareControl {
             cr4_shadow: guest.cr4,
         }
     }
+}
+
+/// Whether the guest is in real mode.
+pub const fn is_real_mode(guest: &ControlRegisters) -> bool {
+    guest.cr0 & Cr0Flags::PROTECTED_MODE_ENABLE.bits() == 0
 }
 
 /// Whether the guest is in long mode (IA-32e mode).
@@ -169,7 +186,12 @@ mod tests {
     }
 
     #[test]
-    fn real_mode_stays_visible_to_the_checker() {
-        assert_eq!(derive(0x10, 0, 0, ShadowMode::Pae).cr0 & 1, 0);
+    fn real_mode_runs_protected_without_the_limits_of_user_code() {
+        let user_only = 1 << 0 | 1 << 1 | 1 << 2 | 1 << 11;
+        let hardware = derive(0x4_0010, user_only, 0, ShadowMode::Pae);
+        assert_eq!(hardware.cr0, 0x8001_0031, "no AM");
+        assert_eq!(hardware.cr4 & user_only, 0);
+        assert_eq!(hardware.cr0_shadow, 0x4_0010);
+        assert_eq!(hardware.cr4_shadow, user_only);
     }
 }

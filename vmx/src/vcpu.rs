@@ -3,7 +3,8 @@
 //! Protocol: general registers, RIP and RFLAGS are copied out of the VMCS after every exit and back
 //! before an entry if they changed. Segments, descriptor tables and the pass-through registers live in
 //! the VMCS or in the processor and are read there when asked for. Control registers live here, as the
-//! guest sees them; the hardware's values follow before the next entry. Whatever touches the VMCS
+//! guest sees them; the hardware's values follow before the next entry. For a guest in real mode the
+//! segments live here as well, see `real_mode`. Whatever touches the VMCS
 //! runs with interrupts off.
 
 use alloc::boxed::Box;
@@ -12,7 +13,7 @@ use core::arch::x86_64::_rdtsc;
 use core::ptr::NonNull;
 
 use umbra_vcpu::address::Gva;
-use umbra_vcpu::event::{EventQueue, Window, Windows, vector};
+use umbra_vcpu::event::{Blocking, EventQueue, Window, Windows, vector};
 use umbra_vcpu::exit::ExitRecord;
 use umbra_vcpu::extended_state::ExtendedState;
 use umbra_vcpu::host::{HostMemory, PageBlock, PageBlockError};
@@ -30,6 +31,7 @@ use crate::entry::EntryKind;
 use crate::host::{self, Core, Vmx};
 use crate::instructions::{self, CurrentVmcs, Invvpid};
 use crate::paging::{self, HardwareControl};
+use crate::real_mode::{LOADABLE, RealMode};
 use crate::{fields, msr};
 
 mod run;
@@ -56,6 +58,9 @@ const fn intercepted_exceptions(guest_cr4: u64) -> u32 {
 /// them back while the guest was entered with RFLAGS.IF clear and has not changed it.
 const LONGEST_RUN: u64 = 1 << 22;
 
+/// In pending debug exceptions and in DR6: a single step (SDM vol. 3C table 25-4, vol. 3B 18.2.3).
+const SINGLE_STEP: u64 = 1 << 14;
+
 /// One guest processor.
 #[derive(Debug)]
 pub struct VmxVcpu {
@@ -65,6 +70,10 @@ pub struct VmxVcpu {
     paging: Option<ShadowPaging>,
     interruptibility: Interruptibility,
     pending: Pending,
+    /// What the VMCS does not hold while the guest is in real mode.
+    real_mode: Option<RealMode>,
+    /// Where the instruction ends that is carried out as if it had exited.
+    instruction_end: Option<u64>,
     /// When the time slice ends, in ticks of the host's time-stamp counter.
     deadline: Option<u64>,
     launch: EntryKind,
@@ -104,6 +113,7 @@ struct Written {
     /// The bits of CR4 that have passed the check.
     checked_cr4: u64,
     primary: u32,
+    exceptions: u32,
     timer: u32,
     entry: u32,
     host_fs_base: u64,
@@ -152,6 +162,8 @@ impl VmxVcpu {
             paging: None,
             interruptibility: Interruptibility::empty(),
             pending: Pending::CONTROL | Pending::CHECK,
+            real_mode: None,
+            instruction_end: None,
             deadline: None,
             launch: EntryKind::Launch,
             written: Written::default(),
@@ -188,6 +200,7 @@ impl VmxVcpu {
             primary: capabilities.primary.bits(),
             entry: capabilities.entry.bits(),
             rflags: self.registers.rflags,
+            exceptions: INTERCEPTED_EXCEPTIONS,
             host_fs_base: host::fs_base(),
             ..Written::default()
         };
@@ -263,10 +276,67 @@ impl VmxVcpu {
         unsafe { self.core.make_current(self.vmcs.physical_address()) }
     }
 
+    /// Moves the segments out of the VMCS when the guest enters real mode, and back when it leaves.
+    fn change_mode(&mut self) {
+        match (paging::is_real_mode(&self.control), self.real_mode) {
+            (true, None) => {
+                let state = self.with_vmcs(|vmcs| {
+                    let segments =
+                        SegmentRegister::ALL.map(|register| read_segment(vmcs, register));
+                    let sysenter_cs = vmcs.read(fields::GUEST_SYSENTER_CS);
+                    vmcs.write(fields::GUEST_SYSENTER_CS, 0);
+                    RealMode::new(segments, sysenter_cs)
+                });
+                self.real_mode = Some(state);
+            }
+            (false, Some(state)) => {
+                self.real_mode = None;
+                self.with_vmcs(|vmcs| {
+                    for register in SegmentRegister::ALL {
+                        write_segment(vmcs, register, &state.segments[register as usize]);
+                    }
+                    vmcs.write(fields::GUEST_SYSENTER_CS, state.sysenter_cs);
+                });
+                self.pending.insert(Pending::CHECK);
+            }
+            _ => {}
+        }
+    }
+
+    /// Gives the VMCS what virtual-8086 mode wants.
+    fn write_real_mode(&self, vmcs: &CurrentVmcs) {
+        let Some(real_mode) = &self.real_mode else {
+            return;
+        };
+        for register in SegmentRegister::ALL {
+            write_segment(vmcs, register, &real_mode.hardware(register));
+        }
+    }
+
+    /// Takes over the selectors that the guest has loaded in real mode.
+    fn read_real_mode(&mut self, vmcs: &CurrentVmcs) {
+        let Some(real_mode) = &mut self.real_mode else {
+            return;
+        };
+        for register in LOADABLE {
+            let fields = fields::guest_segment(register);
+            let segment = &mut real_mode.segments[register as usize];
+            segment.selector = vmcs.read(fields.selector);
+            segment.base = Gva::new(vmcs.read(fields.base));
+        }
+    }
+
+    /// Whether an entry would deliver an event.
+    fn is_event_due(&self) -> bool {
+        let mut events = self.events;
+        events.next_event(self.windows()).is_some()
+    }
+
     /// The guest's CR0 and CR4 with the bits that it changes without an exit.
     fn refresh(&self, control: &mut ControlRegisters) {
-        if self.pending.contains(Pending::CONTROL) {
-            // What was set from outside is newer than the VMCS.
+        if self.pending.contains(Pending::CONTROL) || self.real_mode.is_some() {
+            // What was set from outside is newer than the VMCS, and in real mode the guest changes
+            // nothing itself.
             return;
         }
         let (cr0, cr4) =
@@ -312,6 +382,14 @@ fn read_segment(vmcs: &CurrentVmcs, register: SegmentRegister) -> Segment {
     }
 }
 
+fn write_segment(vmcs: &CurrentVmcs, register: SegmentRegister, segment: &Segment) {
+    let fields = fields::guest_segment(register);
+    vmcs.write(fields.selector, segment.selector);
+    vmcs.write(fields.base, segment.base.as_u64());
+    vmcs.write(fields.limit, segment.limit);
+    vmcs.write(fields.access_rights, segment.attributes.bits());
+}
+
 fn read_table(
     vmcs: &CurrentVmcs,
     base: fields::Field<fields::Natural>,
@@ -335,17 +413,18 @@ impl Vcpu for VmxVcpu {
     }
 
     fn segment(&self, register: SegmentRegister) -> Segment {
+        if let Some(real_mode) = &self.real_mode {
+            return real_mode.segments[register as usize];
+        }
         self.with_vmcs(|vmcs| read_segment(vmcs, register))
     }
 
     fn set_segment(&mut self, register: SegmentRegister, segment: Segment) {
-        let fields = fields::guest_segment(register);
-        self.with_vmcs(|vmcs| {
-            vmcs.write(fields.selector, segment.selector);
-            vmcs.write(fields.base, segment.base.as_u64());
-            vmcs.write(fields.limit, segment.limit);
-            vmcs.write(fields.access_rights, segment.attributes.bits());
-        });
+        if let Some(real_mode) = &mut self.real_mode {
+            real_mode.segments[register as usize] = segment;
+            return;
+        }
+        self.with_vmcs(|vmcs| write_segment(vmcs, register, &segment));
         self.pending.insert(Pending::CHECK);
     }
 
@@ -385,6 +464,7 @@ impl Vcpu for VmxVcpu {
             self.pending.insert(Pending::CONTROL);
         }
         self.control = registers;
+        self.change_mode();
     }
 
     fn set_shadow_paging(&mut self, paging: ShadowPaging) {
@@ -410,9 +490,10 @@ impl Vcpu for VmxVcpu {
         Some(match index {
             msr::FS_BASE => segment_base(SegmentRegister::Fs),
             msr::GS_BASE => segment_base(SegmentRegister::Gs),
-            msr::SYSENTER_CS => {
-                u64::from(self.with_vmcs(|vmcs| vmcs.read(fields::GUEST_SYSENTER_CS)))
-            }
+            msr::SYSENTER_CS => u64::from(self.real_mode.map_or_else(
+                || self.with_vmcs(|vmcs| vmcs.read(fields::GUEST_SYSENTER_CS)),
+                |real_mode| real_mode.sysenter_cs,
+            )),
             msr::SYSENTER_ESP => self.with_vmcs(|vmcs| vmcs.read(fields::GUEST_SYSENTER_ESP)),
             msr::SYSENTER_EIP => self.with_vmcs(|vmcs| vmcs.read(fields::GUEST_SYSENTER_EIP)),
             _ => interrupts::without_interrupts(|| self.core.bank.read(&self.bank, index))?,
@@ -426,8 +507,18 @@ impl Vcpu for VmxVcpu {
         if !msr::is_valid(index, value, self.core.linear_bits) {
             return Err(MsrError::InvalidValue);
         }
+        if let Some(real_mode) = &mut self.real_mode {
+            let base = Gva::new(value);
+            match index {
+                msr::FS_BASE => real_mode.segments[SegmentRegister::Fs as usize].base = base,
+                msr::GS_BASE => real_mode.segments[SegmentRegister::Gs as usize].base = base,
+                msr::SYSENTER_CS => real_mode.sysenter_cs = value as u32,
+                _ => {}
+            }
+        }
         let write = |field| self.with_vmcs(|vmcs| vmcs.write(field, value));
         match index {
+            msr::SYSENTER_CS if self.real_mode.is_some() => {}
             msr::FS_BASE => write(fields::guest_segment(SegmentRegister::Fs).base),
             msr::GS_BASE => write(fields::guest_segment(SegmentRegister::Gs).base),
             msr::SYSENTER_CS => {
@@ -513,14 +604,14 @@ impl Vcpu for VmxVcpu {
     }
 
     fn skip_instruction(&mut self) {
-        let length = self.with_vmcs(|vmcs| vmcs.read(fields::EXIT_INSTRUCTION_LENGTH));
-        let next = self.registers.rip.wrapping_add(u64::from(length));
+        let next = self.instruction_end.take().unwrap_or_else(|| {
+            let length = self.with_vmcs(|vmcs| vmcs.read(fields::EXIT_INSTRUCTION_LENGTH));
+            self.registers.rip.wrapping_add(u64::from(length))
+        });
         self.finish_instruction(next);
     }
 
     fn finish_instruction(&mut self, next_rip: u64) {
-        /// A single step is pending (SDM vol. 3C table 25-4).
-        const SINGLE_STEP: u64 = 1 << 14;
         // Only code that is about to cross 4 GiB has to know how wide it is.
         let crossed = (next_rip ^ self.registers.rip) >> 32 != 0;
         self.registers.rip = if crossed && !paging::is_long_mode(&self.control) {
@@ -540,6 +631,62 @@ impl Vcpu for VmxVcpu {
                 );
             });
         }
+    }
+
+    fn set_instruction_end(&mut self, next_rip: u64) {
+        self.instruction_end = Some(next_rip);
+    }
+
+    fn block_interrupts(&mut self, blocking: Blocking) {
+        let shadow = Interruptibility::STI | Interruptibility::MOV_SS;
+        let bit = match blocking {
+            Blocking::Sti => Interruptibility::STI,
+            Blocking::MovSs => Interruptibility::MOV_SS,
+            Blocking::Nmi => Interruptibility::NMI,
+        };
+        if blocking != Blocking::Nmi {
+            self.interruptibility.remove(shadow);
+        }
+        self.interruptibility.insert(bit);
+        self.pending.insert(Pending::CHECK);
+    }
+
+    fn unblock_nmis(&mut self) {
+        self.interruptibility.remove(Interruptibility::NMI);
+    }
+
+    fn debug_register(&mut self, number: u8) -> u64 {
+        if number == 7 {
+            return self.with_vmcs(|vmcs| vmcs.read(fields::GUEST_DR7));
+        }
+        interrupts::without_interrupts(|| self.core.bank.debug_register(&self.bank, number))
+    }
+
+    fn set_debug_register(&mut self, number: u8, value: u64) {
+        /// The bits of DR7 that software sets, and the one that is always set.
+        const WRITABLE: u64 = 0xffff_23ff;
+        const FIXED: u64 = 1 << 10;
+        if number == 7 {
+            let value = value & WRITABLE | FIXED;
+            self.with_vmcs(|vmcs| vmcs.write(fields::GUEST_DR7, value));
+            return;
+        }
+        interrupts::without_interrupts(|| {
+            self.core.bank.set_debug_register(&self.bank, number, value);
+        });
+    }
+
+    fn is_enterable(&mut self) -> bool {
+        if let Some(real_mode) = &self.real_mode {
+            return real_mode.fits_virtual_8086() && !self.is_event_due();
+        }
+        if !self.pending.contains(Pending::CHECK) {
+            return true;
+        }
+        interrupts::without_interrupts(|| {
+            let state = self.guest_state(&self.current());
+            check::check_all_segments(&state, &self.rules()).is_ok()
+        })
     }
 
     fn extended_state_mut(&mut self) -> &mut ExtendedState {

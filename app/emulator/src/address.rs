@@ -1,6 +1,6 @@
 //! From an operand's segment and offset to linear addresses, with segmentation's checks.
 //!
-//! Outside 64-bit mode: type, null selector and limit (SDM vol. 3A 5.3 to 5.5). In 64-bit mode: the
+//! Outside 64-bit mode: type (not in real and virtual-8086 mode), null selector and limit (SDM vol. 3A 5.3 to 5.5). In 64-bit mode: the
 //! canonical form (SDM vol. 1 3.3.7.1).
 
 use umbra_vcpu::address::{Gpa, Gva, PAGE_SIZE};
@@ -11,6 +11,7 @@ use umbra_vcpu::registers::{CodeWidth, Gpr, Segment, SegmentAttributes, SegmentR
 use x86_64::registers::control::Cr4Flags;
 
 use crate::environment::{Environment, Intent, Processor, Stop};
+use crate::mode::{Mode, mode};
 
 /// A segment and an offset in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -237,12 +238,31 @@ fn linear<E: Environment>(
             Err(fault_of(operand.segment))
         };
     }
-    if allows(&segment, intent) && is_within(&segment, operand.offset, last_byte) {
+    let checks_type = mode(environment) == Mode::Protected;
+    let allowed = if checks_type {
+        allows(&segment, intent)
+    } else {
+        !segment.attributes.contains(SegmentAttributes::UNUSABLE)
+    };
+    if allowed && is_within(&segment, operand.offset, last_byte) {
         let linear = segment.base.wrapping_add(operand.offset);
         Ok(wrap(width, linear))
     } else {
         Err(fault_of(operand.segment))
     }
+}
+
+/// The linear address of an operand that is not accessed.
+pub fn unchecked_linear<P: Processor>(processor: &P, operand: Operand) -> Gva {
+    let width = processor.code_width();
+    let flat = width == CodeWidth::Bits64
+        && !matches!(operand.segment, SegmentRegister::Fs | SegmentRegister::Gs);
+    let base = if flat {
+        Gva::new(0)
+    } else {
+        processor.segment(operand.segment).base
+    };
+    wrap(width, base.wrapping_add(operand.offset))
 }
 
 /// #SS(0) for the stack segment, #GP(0) for others.

@@ -38,6 +38,18 @@ impl FlagChange {
         Self::new(flag, when(flag, condition))
     }
 
+    /// SF, ZF and PF of a byte, and CF and AF if `carries` names them; without, both are cleared as
+    /// OF always is.
+    pub fn of_byte(result: u8, carries: Option<(bool, bool)>) -> Self {
+        let (carry, auxiliary) = carries.unwrap_or_default();
+        Self::new(
+            STATUS,
+            result_flags(Size::Byte, result.into())
+                | when(RFlags::CARRY_FLAG, carry)
+                | when(RFlags::AUXILIARY_CARRY_FLAG, auxiliary),
+        )
+    }
+
     /// All but `kept`.
     fn without(self, kept: RFlags) -> Self {
         Self::new(self.changed - kept, self.value - kept)

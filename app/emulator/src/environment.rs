@@ -1,9 +1,11 @@
 //! What an instruction works on: the processor's registers, memory and ports.
 
 use umbra_vcpu::address::{Gpa, Gva};
-use umbra_vcpu::event::Exception;
+use umbra_vcpu::event::{Blocking, Exception};
 use umbra_vcpu::exit::IoWidth;
-use umbra_vcpu::registers::{CodeWidth, ControlRegisters, Registers, Segment, SegmentRegister};
+use umbra_vcpu::registers::{
+    CodeWidth, ControlRegisters, DescriptorTable, Registers, Segment, SegmentRegister,
+};
 
 /// Why an instruction was not carried out. Nothing of it has happened then, but for the elements of
 /// a string instruction that came before.
@@ -32,6 +34,15 @@ pub enum Intent {
     Write,
 }
 
+/// A register that holds a descriptor table's place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TableRegister {
+    /// GDTR.
+    Global,
+    /// IDTR.
+    Interrupt,
+}
+
 /// The processor's registers.
 pub trait Processor {
     /// The general registers, RIP and RFLAGS.
@@ -42,6 +53,27 @@ pub trait Processor {
 
     /// A segment register with its hidden part.
     fn segment(&self, register: SegmentRegister) -> Segment;
+
+    /// Loads a segment register with its hidden part, which has passed every check.
+    fn set_segment(&mut self, register: SegmentRegister, segment: Segment);
+
+    /// GDTR or IDTR.
+    fn table(&self, register: TableRegister) -> DescriptorTable;
+
+    /// Loads GDTR or IDTR.
+    fn set_table(&mut self, register: TableRegister, table: DescriptorTable);
+
+    /// Keeps interrupts away until the end of the instruction after this one.
+    fn block_interrupts(&mut self, blocking: Blocking);
+
+    /// DR0 to DR3, DR6 or DR7, by their numbers.
+    fn debug_register(&mut self, number: u8) -> u64;
+
+    /// Sets DR0 to DR3, DR6 or DR7, whose reserved bits do not count.
+    fn set_debug_register(&mut self, number: u8, value: u64);
+
+    /// IRET ends the blocking of non-maskable interrupts.
+    fn unblock_nmis(&mut self);
 
     /// What the guest sees in its control registers.
     fn control_registers(&self) -> ControlRegisters;
@@ -54,6 +86,18 @@ pub trait Processor {
 
     /// Sets the low 128 bits of vector register `index`, 0 to 15, and keeps the rest.
     fn set_vector_register(&mut self, index: u8, value: u128);
+
+    /// The x87 control word and status word.
+    fn x87_words(&mut self) -> (u16, u16);
+
+    /// FNINIT.
+    fn reset_x87(&mut self);
+
+    /// MMX register `index`, 0 to 7.
+    fn mmx_register(&mut self, index: u8) -> u64;
+
+    /// Sets MMX register `index`, 0 to 7, and marks the x87 stack as full of MMX registers.
+    fn set_mmx_register(&mut self, index: u8, value: u64);
 }
 
 /// Memory as the current instruction sees it.
@@ -69,6 +113,26 @@ pub trait Memory {
     /// # Errors
     /// [`Stop::Exception`] with the page fault that the guest must see.
     fn translate(&mut self, address: Gva, intent: Intent) -> Result<Gpa, Stop<Self::Failure>>;
+
+    /// Translates an address of a descriptor table, a task-state segment or the interrupt vectors,
+    /// which the processor itself accesses as a supervisor.
+    ///
+    /// # Errors
+    /// [`Stop::Exception`] with the page fault that the guest must see.
+    fn translate_system(
+        &mut self,
+        address: Gva,
+        intent: Intent,
+    ) -> Result<Gpa, Stop<Self::Failure>>;
+
+    /// Loads CR3 as a task switch does, and what follows is translated by it.
+    ///
+    /// # Errors
+    /// [`Stop::Exception`] if the value is refused.
+    fn load_page_table(&mut self, cr3: u64) -> Result<(), Stop<Self::Failure>>;
+
+    /// Sets CR0.TS.
+    fn set_task_switched(&mut self);
 
     /// Reads RAM or a device. All bytes lie in one page.
     ///

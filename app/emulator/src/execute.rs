@@ -13,7 +13,7 @@ use crate::alu::{
 use crate::environment::{Environment, Intent, Stop};
 use crate::operand::{self, Location, locate, read, register_value, set_register, write};
 use crate::size::Size;
-use crate::{stack, string, vector as vectors};
+use crate::{far, flags, legacy, stack, string, system, vector as vectors};
 
 /// How a loaded value fills a wider register.
 #[derive(Clone, Copy)]
@@ -37,6 +37,9 @@ pub fn execute<E: Environment>(
     use Mnemonic as M;
     let env = environment;
     let mnemonic = instruction.mnemonic();
+    if let Some(progress) = system::execute(env, instruction)? {
+        return Ok(progress);
+    }
     match mnemonic {
         M::Mov | M::Movnti => mov(env, instruction)?,
         M::Movzx => extend(env, instruction, Extension::Zero)?,
@@ -81,7 +84,39 @@ pub fn execute<E: Environment>(
         M::Imul => multiply_short(env, instruction)?,
         M::Div => divide(env, instruction, Signedness::Unsigned)?,
         M::Idiv => divide(env, instruction, Signedness::Signed)?,
-        M::Smsw => store_machine_status(env, instruction)?,
+        M::Call if far::is_far(instruction) => return far::call(env, instruction),
+        M::Jmp if far::is_far(instruction) => return far::jump(env, instruction),
+        M::Retf => return far::far_return(env, instruction),
+        M::Int | M::Int1 | M::Int3 | M::Into => return far::interrupt(env, instruction),
+        M::Iret | M::Iretd | M::Iretq => return far::interrupt_return(env, instruction),
+        M::Pushf | M::Pushfd | M::Pushfq => flags::push(env, instruction)?,
+        M::Popf | M::Popfd | M::Popfq => flags::pop(env, instruction)?,
+        M::Clc | M::Stc | M::Cmc | M::Cld | M::Std | M::Cli | M::Sti => {
+            flags::change(env, mnemonic)?;
+        }
+        M::Pusha => stack::push_general(env, Size::Word)?,
+        M::Pushad => stack::push_general(env, Size::DoubleWord)?,
+        M::Popa => stack::pop_general(env, Size::Word)?,
+        M::Popad => stack::pop_general(env, Size::DoubleWord)?,
+        M::Enter => stack::enter(env, instruction)?,
+        M::Leave => stack::leave(env, instruction)?,
+        M::Lea => legacy::load_address(env, instruction)?,
+        M::Xlatb => legacy::translate(env, instruction)?,
+        M::Cbw | M::Cwde | M::Cdqe | M::Cwd | M::Cdq | M::Cqo => legacy::convert(env, mnemonic),
+        M::Bswap => legacy::swap_bytes(env, instruction),
+        M::Lahf => legacy::load_flags(env),
+        M::Sahf => legacy::store_flags(env),
+        M::Salc => legacy::set_al_from_carry(env),
+        M::Aaa | M::Aas | M::Aam | M::Aad | M::Daa | M::Das => legacy::decimal(env, instruction)?,
+        M::Bound => legacy::check_bounds(env, instruction)?,
+        M::Loop | M::Loope | M::Loopne | M::Jcxz | M::Jecxz | M::Jrcxz => {
+            return legacy::count_and_jump(env, instruction);
+        }
+        _ if instruction.is_jcc_short_or_near() => {
+            let taken = holds(instruction, env.registers().rflags);
+            return stack::jump_if(env, instruction, taken);
+        }
+        M::Nop | M::Prefetchnta | M::Prefetcht0 | M::Prefetcht1 | M::Prefetcht2 | M::Prefetchw => {}
         M::Push => stack::push(env, instruction)?,
         M::Pop => stack::pop(env, instruction)?,
         M::Call => return stack::call(env, instruction),
@@ -113,16 +148,13 @@ fn mov<E: Environment>(
     let source_register = instruction.op1_register();
     let is_selector =
         instruction.op1_kind() == OpKind::Register && source_register.is_segment_register();
-    // A selector in memory has 16 bits, whatever the operand size.
-    let size = if is_selector {
+    // A selector in memory has 16 bits, whatever the operand size; in a register it is extended.
+    let size = if is_selector && instruction.op0_kind() == OpKind::Memory {
         Size::Word
     } else {
         known_size(instruction, 0)?
     };
     let (source, target) = if is_selector {
-        if instruction.op0_kind() != OpKind::Memory {
-            return Err(Stop::Unsupported);
-        }
         let selector = operand::selector(environment, source_register).ok_or(Stop::Unsupported)?;
         let target = locate(environment, instruction, 0, size, Intent::Write)?;
         (Location::Immediate(selector), target)
@@ -135,20 +167,6 @@ fn mov<E: Environment>(
     };
     let value = read(environment, &source, size)?;
     write(environment, &target, size, value)
-}
-
-/// SMSW to memory, which has 16 bits whatever the operand size.
-fn store_machine_status<E: Environment>(
-    environment: &mut E,
-    instruction: &Instruction,
-) -> Result<(), Stop<E::Failure>> {
-    let size = match instruction.op0_kind() {
-        OpKind::Memory => Size::Word,
-        _ => known_size(instruction, 0)?,
-    };
-    let target = locate(environment, instruction, 0, size, Intent::Write)?;
-    let cr0 = environment.control_registers().cr0;
-    write(environment, &target, size, cr0)
 }
 
 fn extend<E: Environment>(

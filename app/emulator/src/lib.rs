@@ -1,5 +1,6 @@
-//! Carries out instructions that the processor stopped at: those that touch device memory, and
-//! string I/O.
+//! Carries out instructions in a processor's place: those that touch device memory, string I/O, and
+//! whatever a guest executes in a state that the hardware cannot enter, as real mode is for VMX without
+//! "unrestricted guest".
 //!
 //! [`emulate`] works on an [`Environment`] and knows nothing of its kind. An instruction either
 //! happens as a whole or, when it stops, not at all; a repeated string instruction happens element
@@ -20,15 +21,26 @@ mod address;
 mod alu;
 mod environment;
 mod execute;
+mod far;
+mod flags;
+mod legacy;
+mod mode;
 mod operand;
+mod segment;
 mod size;
 mod stack;
 mod string;
+mod system;
+mod task;
 mod vector;
 
-pub use environment::{Environment, Intent, Memory, Ports, Processor, Stop};
+pub use environment::{Environment, Intent, Memory, Ports, Processor, Stop, TableRegister};
+pub use far::enter_real_mode_handler;
 pub use string::BATCH;
+pub use task::{TaskSwitch, switch_task};
 
+use umbra_vcpu::event::Event;
+use umbra_vcpu::exit::Exit;
 use umbra_vcpu::instruction::iced_x86::Instruction;
 
 /// How far an instruction has come.
@@ -41,6 +53,16 @@ pub enum Progress {
     },
     /// Elements of a repeated string instruction are done, and more are left: it must run again.
     Repeating,
+    /// It is the run loop's: nothing of it has happened, and all of its checks that come before an
+    /// exit have passed.
+    Exits {
+        /// The exit that a processor would have made.
+        exit: Exit,
+        /// Where the instruction ends.
+        next_rip: u64,
+    },
+    /// It delivers this event; nothing of that has happened.
+    Delivers(Event),
 }
 
 /// Carries out `instruction`, which was decoded at the environment's RIP for its code width.

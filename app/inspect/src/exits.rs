@@ -128,6 +128,7 @@ impl fmt::Display for ExitText<'_> {
             Exit::TaskSwitch { selector, .. } => write!(f, "task switch to {selector:#x}"),
             Exit::TripleFault => f.write_str("triple fault"),
             Exit::TimeSliceEnd => f.write_str("end of time slice"),
+            Exit::NotEnterable => f.write_str("state that the processor cannot enter"),
             Exit::Unknown {
                 reason,
                 information,

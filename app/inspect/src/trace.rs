@@ -152,6 +152,7 @@ const fn exit_name(exit: &Exit) -> &'static str {
         Exit::TaskSwitch { .. } => "task switch",
         Exit::TripleFault => "triple fault",
         Exit::TimeSliceEnd => "time slice",
+        Exit::NotEnterable => "not enterable",
         Exit::Unknown { .. } => "unknown",
     }
 }

@@ -13,6 +13,8 @@ use crate::linux::LinuxError;
 pub enum LoadError {
     /// The content belongs to no known format.
     UnknownFormat(Hint),
+    /// A boot sector has an initial RAM disk.
+    BootSectorModule,
     /// The file ends within the ELF header.
     ElfTruncated {
         /// The size of the file.
@@ -275,8 +277,10 @@ impl LoadError {
             Self::UnknownFormat(hint) => write!(
                 formatter,
                 "{hint}; known formats are Multiboot (a header in the first 8 KiB), PVH (an ELF note \
-                 XEN_ELFNOTE_PHYS32_ENTRY), Linux bzImage and Hermit"
+                 XEN_ELFNOTE_PHYS32_ENTRY), Linux bzImage, Hermit and boot sector"
             ),
+            Self::BootSectorModule => formatter
+                .write_str("a boot sector takes no initrd: put it on the disk image behind it"),
             Self::ElfTruncated { size, needed } => write!(
                 formatter,
                 "the ELF header has {needed:#x} bytes, but the file only {size:#x}"

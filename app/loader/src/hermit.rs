@@ -19,7 +19,7 @@ use crate::elf_file::ElfFile;
 use crate::image::Executable;
 use crate::long_mode::{self, Code};
 use crate::placement::{Place, Placement, terminated};
-use crate::{EntryState, Format, GuestRam, LoadError, LoadRequest, Loaded, MemoryMap};
+use crate::{Bios, EntryState, Format, GuestRam, LoadError, LoadRequest, Loaded, MemoryMap};
 
 const ENTRY_VERSION_NAME: &[u8] = b"HERMIT\0";
 const ENTRY_VERSION_TYPE: u64 = 0x5a00;
@@ -234,6 +234,7 @@ impl<'a> Application<'a> {
                 cr3,
                 gdt,
             },
+            bios: Bios::Absent,
         })
     }
 

@@ -5,6 +5,7 @@ use alloc::vec::Vec;
 use elf::abi;
 use umbra_vcpu::address::Gpa;
 
+use crate::boot_sector;
 use crate::elf_file::{ElfFile, NumberedSegment};
 use crate::hermit::Application;
 use crate::linux::BzImage;
@@ -21,6 +22,8 @@ pub enum Image<'a> {
     Linux(BzImage<'a>),
     /// A Hermit application.
     Hermit(Application<'a>),
+    /// A boot sector, or the one of a disk image.
+    BootSector(&'a [u8; 512]),
 }
 
 /// What to put into memory, and where to begin.
@@ -60,6 +63,11 @@ impl<'a> Image<'a> {
             .and_then(|header| Some((header.offset, header.addresses.as_ref()?)))
         {
             return Ok(Self::Multiboot(addresses.executable(file, offset)?, None));
+        }
+        if header.is_none()
+            && let Some(sector) = boot_sector::find(file)
+        {
+            return Ok(Self::BootSector(sector));
         }
         if !ElfFile::is_elf(file) {
             return Err(match header {

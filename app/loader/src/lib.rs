@@ -8,6 +8,7 @@
 //! | Multiboot with ELF64 | header and ELF class, if there is no PVH note | `multiboot` |
 //! | Hermit application | note of the name HERMIT with the entry version | `hermit` |
 //! | Linux bzImage | `HdrS` and the boot flag in the first two sectors | `linux` |
+//! | boot sector or disk image | whole sectors, and 55 AA at the end of the first | `boot_sector` |
 //!
 //! Protocol: [`load`] first reads and checks the whole image, then writes; an image that is refused
 //! has written nothing. Only a host without memory stops it halfway. Image bytes are hostile: every offset, size and address in them is checked
@@ -17,6 +18,7 @@
 
 extern crate alloc;
 
+mod boot_sector;
 mod device_tree;
 mod elf_file;
 mod error;
@@ -82,6 +84,18 @@ pub struct LoadRequest<'a> {
     pub acpi_root: Option<Gpa>,
     /// The guest's clock, for protocols that tell it.
     pub clock: BootClock,
+    /// How Linux is entered.
+    pub linux_entry: LinuxEntry,
+}
+
+/// Which of its entry points a Linux bzImage is entered at.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LinuxEntry {
+    /// The one for 64-bit loaders, or if there is none, for 32-bit ones.
+    #[default]
+    Kernel,
+    /// The setup code in real mode, which asks the BIOS for what it needs to know.
+    RealMode,
 }
 
 /// What time it is.
@@ -128,6 +142,19 @@ pub enum EntryState {
         /// The guest-physical address of the descriptor table of [`DESCRIPTORS_SIZE`] bytes.
         gdt: u32,
     },
+    /// Real mode: CS:IP as given, all other segments alike, interrupts as given.
+    Real {
+        /// The code segment.
+        cs: u16,
+        /// The instruction pointer.
+        ip: u16,
+        /// The other segments.
+        data: u16,
+        /// The stack pointer.
+        sp: u16,
+        /// What DX holds: the disk that was booted.
+        dx: u16,
+    },
     /// Long mode with 4-level paging: segments with [`CODE_SELECTOR`] and [`DATA_SELECTOR`],
     /// interrupts off.
     Long64 {
@@ -154,6 +181,17 @@ pub enum Format {
     Linux,
     /// Hermit's entry protocol.
     Hermit,
+    /// A boot sector, alone or at the start of a disk image.
+    BootSector,
+}
+
+/// Whether a guest finds what a PC's BIOS leaves: interrupt vectors, data area and services.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bios {
+    /// It does.
+    Present,
+    /// Its protocol knows of none, or its image lies there.
+    Absent,
 }
 
 /// An image that is in RAM.
@@ -163,6 +201,8 @@ pub struct Loaded {
     pub format: Format,
     /// How to enter it.
     pub entry: EntryState,
+    /// Whether it finds a BIOS.
+    pub bios: Bios,
 }
 
 /// Loads `image` with what `request` adds to it.
@@ -179,5 +219,6 @@ pub fn load(
         Image::Pvh(image) => pvh::load(&image, request, ram),
         Image::Linux(image) => image.load(request, ram),
         Image::Hermit(application) => application.load(request, ram),
+        Image::BootSector(sector) => boot_sector::load(sector, request, ram),
     }
 }

@@ -6,6 +6,7 @@
 //! moved, at the next aligned place above: below its preferred place it would move itself there.
 
 use alloc::vec;
+use alloc::vec::Vec;
 use core::fmt;
 
 use umbra_vcpu::address::{Gpa, PAGE_SIZE};
@@ -13,7 +14,8 @@ use umbra_vcpu::address::{Gpa, PAGE_SIZE};
 use crate::long_mode::{self, Code};
 use crate::placement::{Place, Placement, terminated};
 use crate::{
-    EntryState, Format, GuestRam, LoadError, LoadRequest, Loaded, MemoryKind, MemoryMap, Module,
+    Bios, EntryState, Format, GuestRam, LinuxEntry, LoadError, LoadRequest, Loaded, MemoryKind,
+    MemoryMap, Module,
 };
 
 /// Offsets in the file, which are those in the boot parameters, too.
@@ -21,6 +23,7 @@ mod field {
     pub const SETUP_SECTORS: usize = 0x1f1;
     pub const SYSTEM_SIZE: usize = 0x1f4;
     pub const BOOT_FLAG: usize = 0x1fe;
+    pub const HEAP_END: usize = 0x224;
     pub const HEADER_LENGTH: usize = 0x201;
     pub const MAGIC: usize = 0x202;
     pub const VERSION: usize = 0x206;
@@ -62,6 +65,15 @@ const DEFAULT_SETUP_SECTORS: usize = 4;
 /// The system's size is counted in units of this many bytes.
 const PARAGRAPH: usize = 16;
 const LOADED_HIGH: u8 = 1;
+const CAN_USE_HEAP: u8 = 1 << 7;
+/// The segment of the setup code, the end of its heap and of its stack in it, and where the command line
+/// follows (boot.rst, "Loading The Rest of The Kernel").
+const SETUP_SEGMENT: u16 = 0x1000;
+const SETUP_STACK: u16 = 0xe000;
+const SETUP_HEAP_END: u16 = SETUP_STACK - 0x200;
+const SETUP_COMMAND_LINE: u64 = ((SETUP_SEGMENT as u64) << 4) + SETUP_STACK as u64;
+const SETUP_LONGEST_COMMAND_LINE: u32 = 0xfff;
+const SETUP_AREA: u64 = 0x1_0000;
 const HAS_ENTRY_64: u16 = 1;
 const ENTRY_64_OFFSET: u64 = 0x200;
 /// A loader without a number of its own.
@@ -111,6 +123,8 @@ pub enum LinuxError {
         /// The most that the kernel takes.
         limit: u32,
     },
+    /// The setup code does not fit its segment.
+    SetupLength(usize),
     /// More than one module.
     Modules(usize),
 }
@@ -128,6 +142,11 @@ impl fmt::Display for LinuxError {
                 "its boot protocol {}.{:02} is older than 2.10",
                 version >> 8,
                 version & 0xff
+            ),
+            Self::SetupLength(length) => write!(
+                formatter,
+                "its setup code has {length:#x} bytes, which do not fit a real-mode segment with heap and \
+                 stack: leave out --entry real-mode"
             ),
             Self::LoadedLow => {
                 formatter.write_str("it is a zImage (load flag 0 is clear): make a bzImage")
@@ -177,6 +196,8 @@ impl fmt::Display for LinuxError {
 pub struct BzImage<'a> {
     /// The setup header.
     header: &'a [u8],
+    /// The sectors that run in real mode.
+    setup: &'a [u8],
     /// What goes to memory.
     system: &'a [u8],
     has_entry_64: bool,
@@ -260,6 +281,7 @@ impl<'a> BzImage<'a> {
         }
         Ok(Self {
             header: &setup[HEADER_START..header_end],
+            setup: &file[..system_start],
             system,
             has_entry_64: version >= EXTENDED_LOAD_FLAGS_VERSION
                 && half(field::EXTENDED_LOAD_FLAGS) & HAS_ENTRY_64 != 0,
@@ -285,8 +307,11 @@ impl<'a> BzImage<'a> {
         let start = self.find_address(map)?;
         let command_line = terminated("the command line", request.command_line)?;
         let length = request.command_line.len() as u64;
-        if length > u64::from(self.command_line_limit) {
-            let limit = self.command_line_limit;
+        let limit = match request.linux_entry {
+            LinuxEntry::Kernel => self.command_line_limit,
+            LinuxEntry::RealMode => self.command_line_limit.min(SETUP_LONGEST_COMMAND_LINE),
+        };
+        if length > u64::from(limit) {
             return Err(LinuxError::CommandLine { length, limit }.into());
         }
         let initrd = match request.modules {
@@ -295,7 +320,16 @@ impl<'a> BzImage<'a> {
             modules => return Err(LinuxError::Modules(modules.len()).into()),
         };
 
-        let mut placement = Placement::new(map, [(start, start.saturating_add(self.init_size))]);
+        let area = u64::from(SETUP_SEGMENT) << 4;
+        let taken = [
+            (start, start.saturating_add(self.init_size)),
+            (area, area + SETUP_AREA),
+        ];
+        let taken = match request.linux_entry {
+            LinuxEntry::Kernel => &taken[..1],
+            LinuxEntry::RealMode => &taken[..],
+        };
+        let mut placement = Placement::new(map, taken.iter().copied());
         placement.fill(address_32(start)?, self.system);
         let initrd = match initrd {
             Some(&Module { data, .. }) => {
@@ -306,6 +340,25 @@ impl<'a> BzImage<'a> {
             }
             None => (0, 0),
         };
+        if request.linux_entry == LinuxEntry::RealMode {
+            placement.fill(SETUP_COMMAND_LINE as u32, command_line);
+            placement.fill(
+                u32::from(SETUP_SEGMENT) << 4,
+                self.real_mode_setup(start, initrd)?,
+            );
+            placement.write(ram)?;
+            return Ok(Loaded {
+                format: Format::Linux,
+                entry: EntryState::Real {
+                    cs: SETUP_SEGMENT + 0x20,
+                    ip: 0,
+                    data: SETUP_SEGMENT,
+                    sp: SETUP_STACK,
+                    dx: 0,
+                },
+                bios: Bios::Present,
+            });
+        }
         let command_line_at = placement.put("the command line", Place::Low, command_line)?;
         let parameters_at = placement.reserve(
             "the boot parameters",
@@ -353,7 +406,31 @@ impl<'a> BzImage<'a> {
         Ok(Loaded {
             format: Format::Linux,
             entry,
+            bios: Bios::Absent,
         })
+    }
+
+    /// The setup code with what a loader tells it in its header.
+    fn real_mode_setup(&self, start: u64, initrd: (u32, u32)) -> Result<Vec<u8>, LoadError> {
+        if self.setup.len() > usize::from(SETUP_HEAP_END) {
+            return Err(LinuxError::SetupLength(self.setup.len()).into());
+        }
+        let mut setup = Vec::from(self.setup);
+        let mut set = |offset: usize, bytes: &[u8]| {
+            setup[offset..offset + bytes.len()].copy_from_slice(bytes);
+        };
+        set(field::LOADER_TYPE, &[UNKNOWN_LOADER]);
+        set(
+            field::LOAD_FLAGS,
+            &[self.setup[field::LOAD_FLAGS] | CAN_USE_HEAP],
+        );
+        set(field::CODE32_START, &address_32(start)?.to_le_bytes());
+        set(field::INITRD_ADDRESS, &initrd.0.to_le_bytes());
+        set(field::INITRD_SIZE, &initrd.1.to_le_bytes());
+        set(field::HEAP_END, &SETUP_HEAP_END.to_le_bytes());
+        let command_line = SETUP_COMMAND_LINE as u32;
+        set(field::COMMAND_LINE, &command_line.to_le_bytes());
+        Ok(setup)
     }
 
     /// Where the kernel goes.

@@ -14,7 +14,7 @@ use umbra_vcpu::address::{Gpa, PAGE_SIZE};
 use crate::elf_file::ElfFile;
 use crate::image::{Executable, Segment};
 use crate::placement::{Place, Placement, terminated};
-use crate::{EntryState, Format, GuestRam, LoadError, LoadRequest, Loaded};
+use crate::{Bios, EntryState, Format, GuestRam, LoadError, LoadRequest, Loaded};
 
 const HEADER_MAGIC: u32 = 0x1bad_b002;
 /// What EAX holds at entry.
@@ -249,12 +249,19 @@ pub fn load(
     )?;
     image.write(ram)?;
     placement.write(ram)?;
+    // What the image lays over the vectors and the data area is its own.
+    let owns_first_page = image.occupied().any(|(start, _)| start < PAGE_SIZE);
     Ok(Loaded {
         format: Format::Multiboot,
         entry: EntryState::Protected32 {
             eip: image.entry(),
             eax: LOADER_MAGIC,
             ebx,
+        },
+        bios: if owns_first_page {
+            Bios::Absent
+        } else {
+            Bios::Present
         },
     })
 }

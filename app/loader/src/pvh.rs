@@ -6,7 +6,7 @@ use umbra_vcpu::address::Gpa;
 
 use crate::image::Executable;
 use crate::placement::{Place, Placement, terminated};
-use crate::{EntryState, Format, GuestRam, LoadError, LoadRequest, Loaded};
+use crate::{Bios, EntryState, Format, GuestRam, LoadError, LoadRequest, Loaded};
 
 const START_INFO_MAGIC: u32 = 0x336e_c578;
 const START_INFO_VERSION: u32 = 1;
@@ -70,5 +70,6 @@ pub fn load(
             eax: 0,
             ebx,
         },
+        bios: Bios::Absent,
     })
 }

@@ -6,7 +6,7 @@ use common::{
     ACPI_ROOT, CLOCK, Class, Load, MEMORY, MODULES, NAMES, NoteIn, Ram, SYMBOLS, good_images,
     load_into, multiboot_elf, multiboot_flat, multiboot_header, pvh_elf, try_load,
 };
-use umbra_loader::{EntryState, Format, LoadRequest, Loaded, MemoryMap, Module, load};
+use umbra_loader::{Bios, EntryState, Format, LoadRequest, Loaded, MemoryMap, Module, load};
 
 fn good(image: &[u8]) -> (Loaded, Ram) {
     let (result, ram) = try_load(image);
@@ -220,6 +220,7 @@ fn modules_that_do_not_fit_are_refused_before_anything_is_written() {
             data: &data,
         }];
         let request = LoadRequest {
+            linux_entry: umbra_loader::LinuxEntry::Kernel,
             name: "guest",
             command_line: "x",
             modules: &modules,
@@ -239,12 +240,55 @@ fn modules_that_do_not_fit_are_refused_before_anything_is_written() {
 }
 
 #[test]
+fn a_boot_sector_is_told_by_its_signature() {
+    let map = MemoryMap::new(MEMORY);
+    let mut disk = vec![0x90; 3 * 512];
+    disk[510..512].copy_from_slice(&[0x55, 0xaa]);
+    disk[512] = 0x77;
+    let try_load = |image: &[u8], modules: &[Module<'_>]| {
+        let request = LoadRequest {
+            linux_entry: umbra_loader::LinuxEntry::Kernel,
+            name: "guest",
+            command_line: "",
+            modules,
+            memory_map: &map,
+            acpi_root: Some(ACPI_ROOT),
+            clock: CLOCK,
+        };
+        let mut ram = Ram::new(&map);
+        (load(image, &request, &mut ram), ram)
+    };
+    for length in [512, disk.len()] {
+        let (result, ram) = try_load(&disk[..length], &[]);
+        let loaded = result.unwrap();
+        assert_eq!(loaded.format, Format::BootSector);
+        assert_eq!(loaded.bios, Bios::Present);
+        let EntryState::Real { cs, ip, dx, .. } = loaded.entry else {
+            panic!("{:?}", loaded.entry);
+        };
+        assert_eq!((cs, ip, dx), (0, 0x7c00, 0x80));
+        assert_eq!(ram.bytes(0x7c00, 512), &disk[..512]);
+        assert_eq!(ram.written, 512, "the rest stays on the disk");
+    }
+    for image in [&disk[..511], &disk[..513], &disk[512..1024]] {
+        assert!(try_load(image, &[]).0.is_err());
+    }
+    let initrd = Module {
+        name: "initrd",
+        data: &[],
+    };
+    let error = try_load(&disk, &[initrd]).0.unwrap_err().to_string();
+    assert!(error.contains("takes no initrd"), "{error}");
+}
+
+#[test]
 fn texts_with_zero_bytes_are_refused() {
     let map = MemoryMap::new(MEMORY);
     for (_, image) in good_images() {
         for (command_line, name) in [("a\0b", "name"), ("a", "na\0me")] {
             let modules = [Module { name, data: &[] }];
             let request = LoadRequest {
+                linux_entry: umbra_loader::LinuxEntry::Kernel,
                 name: "guest",
                 command_line,
                 modules: &modules,

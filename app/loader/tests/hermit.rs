@@ -134,6 +134,7 @@ fn load_with(
     let map = MemoryMap::new(memory);
     let mut ram = Ram::new(&map);
     let request = LoadRequest {
+        linux_entry: umbra_loader::LinuxEntry::Kernel,
         name: "guest",
         command_line: "env=A=b -- one two",
         modules,

@@ -4,7 +4,9 @@ mod common;
 
 use common::{ACPI_ROOT, BZ_IMAGE_SYSTEM, CLOCK, MEMORY, Ram, bz_image};
 use proptest::prelude::*;
-use umbra_loader::{EntryState, Format, LoadError, LoadRequest, Loaded, MemoryMap, Module, load};
+use umbra_loader::{
+    Bios, EntryState, Format, LinuxEntry, LoadError, LoadRequest, Loaded, MemoryMap, Module, load,
+};
 
 const INITRD: [u8; 5000] = [7; 5000];
 
@@ -14,8 +16,19 @@ fn load_with(
     command_line: &str,
     modules: &[Module<'_>],
 ) -> (Result<Loaded, LoadError>, Ram) {
+    load_at(LinuxEntry::Kernel, image, memory, command_line, modules)
+}
+
+fn load_at(
+    linux_entry: LinuxEntry,
+    image: &[u8],
+    memory: u64,
+    command_line: &str,
+    modules: &[Module<'_>],
+) -> (Result<Loaded, LoadError>, Ram) {
     let map = MemoryMap::new(memory);
     let request = LoadRequest {
+        linux_entry,
         name: "guest",
         command_line,
         modules,
@@ -268,4 +281,37 @@ proptest! {
             }
         }
     }
+}
+
+#[test]
+fn the_setup_code_finds_what_a_loader_tells_it() {
+    let image = bz_image();
+    let (result, ram) = load_at(LinuxEntry::RealMode, &image, MEMORY, "one two", &[initrd()]);
+    let loaded = result.unwrap();
+    assert_eq!(loaded.bios, Bios::Present);
+    assert_eq!(
+        loaded.entry,
+        EntryState::Real {
+            cs: 0x1020,
+            ip: 0,
+            data: 0x1000,
+            sp: 0xe000,
+            dx: 0,
+        }
+    );
+    let double = |at: u64| {
+        let bytes = ram.bytes(0x1_0000 + at, 4);
+        u32::from_le_bytes(bytes.try_into().unwrap())
+    };
+    assert_eq!(ram.bytes(0x1_0202, 4), b"HdrS");
+    assert_eq!(ram.bytes(0x1_0210, 2), [0xff, image[0x211] | 0x80]);
+    assert_eq!(double(0x228), 0x1_e000);
+    assert_eq!(ram.bytes(0x1_e000, 8), b"one two\0");
+    assert_eq!(ram.bytes(double(0x218).into(), 5000), INITRD);
+    assert_eq!(double(0x21c), 5000);
+    let start = u64::from(double(0x214));
+    assert_eq!(ram.bytes(start, 4), &BZ_IMAGE_SYSTEM[..4]);
+    let long = "x".repeat(0x1000);
+    let (result, _) = load_at(LinuxEntry::RealMode, &image, MEMORY, &long, &[]);
+    assert!(result.is_err(), "the command line has a page");
 }

@@ -86,7 +86,7 @@ fn variable(key: &str) -> String {
 }
 
 /// The keys that stand at the top.
-const TOP: [&str; 16] = [
+const TOP: [&str; 17] = [
     "image",
     "initrd",
     "append",
@@ -97,6 +97,7 @@ const TOP: [&str; 16] = [
     "fail-allocation",
     "shrink-at",
     "device",
+    "entry",
     "repeat",
     "timeout",
     "trace",
@@ -105,7 +106,7 @@ const TOP: [&str; 16] = [
     "guest",
 ];
 /// The keys of a guest.
-const GUEST: [&str; 16] = [
+const GUEST: [&str; 17] = [
     "name",
     "image",
     "initrd",
@@ -117,6 +118,7 @@ const GUEST: [&str; 16] = [
     "fail-allocation",
     "shrink-at",
     "device",
+    "entry",
     "repeat",
     "timeout",
     "trace",

@@ -30,6 +30,8 @@ Umbra runs guests, whose files the boot loader passes as modules or in one tar a
                      raise, to let it have them (default: stop)
   --device NAME      a device that it has besides the usual ones: testdev, which kernels that test
                      themselves know as QEMU's pc-testdev (default: none)
+  --entry WHERE      where a Linux kernel is entered: kernel, or real-mode for its setup code, which
+                     asks a BIOS (default: kernel)
   --repeat N         start it again when it has ended, until it has run so often or failed (default: 1)
   --timeout SECONDS  stop it after so many seconds (default: 0, never)
   --trace WHAT       record what it does: exits, mmu, devices, several of them with commas between, or
@@ -133,6 +135,8 @@ pub struct GuestOptions {
     pub fail_allocation: Option<FailAllocation>,
     /// When shadow pages are taken away for a test, if they shall be.
     pub shrink_at: Option<ShrinkAt>,
+    /// Where a Linux kernel is entered.
+    pub entry: Entry,
     /// How often it shall run, one run after the other, while it succeeds.
     pub repeat: u64,
     /// The time limit of a run, if it has one.
@@ -159,6 +163,7 @@ impl Default for GuestOptions {
             device: None,
             fail_allocation: None,
             shrink_at: None,
+            entry: Entry::Kernel,
             repeat: 1,
             timeout: None,
             gdb: None,
@@ -274,6 +279,16 @@ pub enum ShrinkPoint {
     Locked,
 }
 
+/// Where a Linux kernel is entered.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Entry {
+    /// Behind its setup code.
+    #[default]
+    Kernel,
+    /// At its setup code in real mode.
+    RealMode,
+}
+
 /// A device that not every guest has.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Device {
@@ -295,6 +310,7 @@ pub(crate) enum Name {
     Device,
     FailAllocation,
     ShrinkAt,
+    Entry,
     Repeat,
     Timeout,
     Trace,
@@ -304,7 +320,7 @@ pub(crate) enum Name {
 }
 
 impl Name {
-    pub(crate) const ALL: [Self; 17] = [
+    pub(crate) const ALL: [Self; 18] = [
         Self::Guest,
         Self::Image,
         Self::Initrd,
@@ -316,6 +332,7 @@ impl Name {
         Self::Device,
         Self::FailAllocation,
         Self::ShrinkAt,
+        Self::Entry,
         Self::Repeat,
         Self::Timeout,
         Self::Trace,
@@ -337,6 +354,7 @@ impl Name {
             Self::Device => "--device",
             Self::FailAllocation => "--fail-allocation",
             Self::ShrinkAt => "--shrink-at",
+            Self::Entry => "--entry",
             Self::Repeat => "--repeat",
             Self::Timeout => "--timeout",
             Self::Trace => "--trace",
@@ -360,6 +378,7 @@ impl Name {
             Self::Device => "a device, as in --device testdev",
             Self::FailAllocation => "a number, as in --fail-allocation 1 or --fail-allocation 1..",
             Self::ShrinkAt => "fault, cr3, commit or locked, as in --shrink-at fault:3",
+            Self::Entry => "a place, as in --entry real-mode",
             Self::Repeat => "a number, as in --repeat 100",
             Self::Timeout => "seconds, as in --timeout 30",
             Self::Trace => "exits, mmu, devices or all, as in --trace exits,mmu",
@@ -517,6 +536,11 @@ fn set(options: &mut GuestOptions, name: Name, value: &str) -> Result<(), Option
             check_range(name, value, every, 1, MAXIMUM_COUNT)?;
             options.shrink_at = Some(ShrinkAt { point, every });
         }
+        Name::Entry => match value {
+            "kernel" => options.entry = Entry::Kernel,
+            "real-mode" => options.entry = Entry::RealMode,
+            _ => return Err(bad_value(name, value, "it is neither kernel nor real-mode")),
+        },
         Name::Repeat => {
             let times = number(name, value)?;
             check_range(name, value, times, 1, MAXIMUM_REPEAT)?;
@@ -969,6 +993,8 @@ mod tests {
             let error = error(&["--shrink-at", text]);
             assert!(error.contains("--shrink-at"), "{error}");
         }
+        assert!(error(&["--entry", "16"]).contains("neither kernel nor real-mode"));
+        assert_eq!(run(&["--entry=real-mode"]).entry, Entry::RealMode);
         assert_eq!(run(&["--device=testdev"]).device, Some(Device::TestDevice));
     }
 
@@ -1029,7 +1055,7 @@ mod tests {
             arguments in prop::collection::vec(
                 prop_oneof![
                     "(?s).*",
-                    "--(guest|image|initrd|append|memory|mmu-pages|mmu-policy|on-exhausted|fail-allocation|shrink-at|device|repeat|timeout|trace|trace-format|gdb|help)(=(?s).*)?",
+                    "--(guest|image|initrd|append|memory|mmu-pages|mmu-policy|on-exhausted|fail-allocation|shrink-at|device|entry|repeat|timeout|trace|trace-format|gdb|help)(=(?s).*)?",
                     "[0-9]{1,22}[KMG]?",
                 ],
                 0..6,

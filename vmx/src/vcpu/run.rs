@@ -8,7 +8,7 @@ use core::arch::asm;
 use core::arch::x86_64::_rdtsc;
 
 use umbra_vcpu::address::Gva;
-use umbra_vcpu::event::{Event, vector};
+use umbra_vcpu::event::{Event, Exception, vector};
 use umbra_vcpu::exit::{Exit, ExitRecord};
 use umbra_vcpu::instruction::{self, MAX_LENGTH};
 use umbra_vcpu::registers::{CodeWidth, ControlRegisters, Gpr, Registers, SegmentRegister};
@@ -17,8 +17,8 @@ use x86_64::registers::control::{Cr0Flags, Cr4Flags};
 use x86_64::registers::rflags::RFlags;
 
 use super::{
-    EferSide, LONGEST_RUN, Pending, VmxVcpu, intercepted_exceptions, merge, read_segment,
-    read_table, write_efer_entry,
+    EferSide, LONGEST_RUN, Pending, SINGLE_STEP, VmxVcpu, intercepted_exceptions, merge,
+    read_segment, read_table, write_efer_entry,
 };
 use crate::capabilities::Capabilities;
 use crate::check::{self, GuestState, Interruptibility, Rules};
@@ -28,6 +28,7 @@ use crate::event::{Injection, is_fault};
 use crate::exit::{self, GuestView, RawExit, reason};
 use crate::instructions::{self, CurrentVmcs, Invvpid};
 use crate::paging::{self, HardwareControl};
+use crate::real_mode::RealMode;
 use crate::{bank, fields, host};
 
 impl VmxVcpu {
@@ -38,7 +39,16 @@ impl VmxVcpu {
         stop: &mut ExitRecord,
     ) -> Result<(), EntryFailure> {
         let vmcs = self.current();
+        self.instruction_end = None;
         self.write_control_registers(&vmcs)?;
+        if self.real_mode.is_some() || self.pending.contains(Pending::CHECK) {
+            if !self.is_enterable() {
+                stop.exit = self.not_enterable(&vmcs);
+                stop.rip = self.registers.rip;
+                return Ok(());
+            }
+            self.write_real_mode(&vmcs);
+        }
         if self.pending.contains(Pending::CHECK) {
             check::check(&self.guest_state(&vmcs), &self.rules())?;
             self.pending.remove(Pending::CHECK);
@@ -94,10 +104,15 @@ impl VmxVcpu {
         vmcs.write(fields::GUEST_CR4, new.cr4);
         vmcs.write(fields::CR0_READ_SHADOW, new.cr0_shadow);
         vmcs.write(fields::CR4_READ_SHADOW, new.cr4_shadow);
-        if old.cr4_shadow != new.cr4_shadow {
-            let exceptions = intercepted_exceptions(new.cr4_shadow);
-            vmcs.write(fields::EXCEPTION_BITMAP, exceptions);
-        }
+        let exceptions = if self.real_mode.is_some() {
+            u32::MAX
+        } else {
+            intercepted_exceptions(new.cr4_shadow)
+        };
+        write_if_changed(self.written.exceptions, exceptions, |value| {
+            vmcs.write(fields::EXCEPTION_BITMAP, value);
+        });
+        self.written.exceptions = exceptions;
         if old.efer != new.efer {
             match &self.efer_area {
                 None => vmcs.write(fields::GUEST_EFER, new.efer),
@@ -186,6 +201,7 @@ impl VmxVcpu {
 
     fn write_changed_fields(&mut self, vmcs: &CurrentVmcs) {
         let rsp = self.registers.get(Gpr::Rsp);
+        let rflags = self.hardware_flags();
         let interruptibility = self.interruptibility.bits();
         let written = &mut self.written;
         write_if_changed(written.rip, self.registers.rip, |value| {
@@ -194,7 +210,7 @@ impl VmxVcpu {
         write_if_changed(written.rsp, rsp, |value| {
             vmcs.write(fields::GUEST_RSP, value);
         });
-        write_if_changed(written.rflags, self.registers.rflags, |value| {
+        write_if_changed(written.rflags, rflags, |value| {
             vmcs.write(fields::GUEST_RFLAGS, value);
         });
         if written.interruptibility != interruptibility {
@@ -206,7 +222,7 @@ impl VmxVcpu {
         });
         written.rip = self.registers.rip;
         written.rsp = rsp;
-        written.rflags = self.registers.rflags;
+        written.rflags = rflags;
         written.interruptibility = interruptibility;
         written.host_fs_base = host_fs_base;
         self.write_time_slice(vmcs);
@@ -218,6 +234,31 @@ impl VmxVcpu {
                 assert!(flushed.is_ok(), "INVVPID of a vCPU's own identifier failed");
             }
         }
+    }
+
+    /// RFLAGS for the VMCS.
+    fn hardware_flags(&self) -> u64 {
+        let rflags = self.registers.rflags;
+        if self.real_mode.is_some() {
+            RealMode::hardware_flags(rflags)
+        } else {
+            rflags
+        }
+    }
+
+    /// What the caller sees instead of an entry: the guest's own single-step trap if one is due.
+    fn not_enterable(&mut self, vmcs: &CurrentVmcs) -> Exit {
+        let pending = vmcs.read(fields::GUEST_PENDING_DEBUG_EXCEPTIONS);
+        if pending & SINGLE_STEP == 0 || self.is_event_due() {
+            return Exit::NotEnterable;
+        }
+        vmcs.write(
+            fields::GUEST_PENDING_DEBUG_EXCEPTIONS,
+            pending & !SINGLE_STEP,
+        );
+        let dr6 = self.debug_register(6);
+        self.set_debug_register(6, dr6 | SINGLE_STEP);
+        Exit::Exception(Exception::new(vector::DEBUG))
     }
 
     /// Winds up the preemption timer. Without a time slice, it only sees to it that the host gets
@@ -277,6 +318,7 @@ impl VmxVcpu {
 
     /// Copies out what every exit changes.
     fn read_back(&mut self, vmcs: &CurrentVmcs) {
+        let old_flags = self.registers.rflags;
         self.registers.rip = vmcs.read(fields::GUEST_RIP);
         self.registers.rflags = vmcs.read(fields::GUEST_RFLAGS);
         let rsp = vmcs.read(fields::GUEST_RSP);
@@ -287,6 +329,10 @@ impl VmxVcpu {
         self.written.rflags = self.registers.rflags;
         self.written.rsp = rsp;
         self.written.interruptibility = interruptibility;
+        if self.real_mode.is_some() {
+            self.registers.rflags = RealMode::guest_flags(self.registers.rflags, old_flags);
+            self.read_real_mode(vmcs);
+        }
     }
 
     /// Puts back an event whose delivery the exit cut short, and keeps NMI blocking right
@@ -334,11 +380,26 @@ impl VmxVcpu {
                     let dr7 = vmcs.read(fields::GUEST_DR7);
                     vmcs.write(fields::GUEST_DR7, dr7 & !(1 << 13));
                 }
+                _ if self.real_mode.is_some() => return self.real_mode_exception(raw, exception),
                 _ => {}
             },
             _ => {}
         }
         exit
+    }
+
+    /// What an exception in virtual-8086 mode means to a guest in real mode: nothing by itself if real
+    /// mode may carry out the instruction, and otherwise an exception for its own handler.
+    fn real_mode_exception(&mut self, raw: &RawExit, exception: Exception) -> Exit {
+        match exception.vector {
+            vector::GENERAL_PROTECTION | vector::STACK_FAULT => return Exit::NotEnterable,
+            _ if raw.interruption.is_software_trap() => {
+                let length = u64::from(raw.interruption.instruction_length);
+                self.registers.rip = self.registers.rip.wrapping_add(length);
+            }
+            _ => {}
+        }
+        Exit::Exception(exception)
     }
 
     /// Takes back the request that the exit has answered.
@@ -390,7 +451,7 @@ impl VmxVcpu {
         }
     }
 
-    fn rules(&self) -> Rules {
+    pub(super) fn rules(&self) -> Rules {
         Rules {
             cr0: self.core.capabilities.cr0,
             cr4: self.core.capabilities.cr4,
@@ -400,7 +461,7 @@ impl VmxVcpu {
     }
 
     /// What the checker looks at, as the VMCS is about to hold it.
-    fn guest_state(&self, vmcs: &CurrentVmcs) -> GuestState {
+    pub(super) fn guest_state(&self, vmcs: &CurrentVmcs) -> GuestState {
         GuestState {
             entry: EntryControls::from_bits_retain(self.written.entry),
             cr0: vmcs.read(fields::GUEST_CR0),
@@ -415,7 +476,7 @@ impl VmxVcpu {
             gdtr: read_table(vmcs, fields::GUEST_GDTR_BASE, fields::GUEST_GDTR_LIMIT),
             idtr: read_table(vmcs, fields::GUEST_IDTR_BASE, fields::GUEST_IDTR_LIMIT),
             rip: self.registers.rip,
-            rflags: self.registers.rflags,
+            rflags: self.hardware_flags(),
             activity: vmcs.read(fields::GUEST_ACTIVITY_STATE),
             interruptibility: self.interruptibility,
             pending_debug: vmcs.read(fields::GUEST_PENDING_DEBUG_EXCEPTIONS),

@@ -1,12 +1,14 @@
 //! A processor and a piece of memory for the emulator to work on.
 #![allow(dead_code, reason = "each test uses a part")]
 
-use umbra_emulator::{Intent, Memory, Ports, Processor, Progress, Stop, emulate};
+use umbra_emulator::{Intent, Memory, Ports, Processor, Progress, Stop, TableRegister, emulate};
 use umbra_vcpu::address::{Gpa, Gva, PAGE_SIZE};
-use umbra_vcpu::event::Exception;
+use umbra_vcpu::event::{Blocking, Exception};
 use umbra_vcpu::exit::IoWidth;
 use umbra_vcpu::instruction::decode;
-use umbra_vcpu::registers::{CodeWidth, ControlRegisters, Registers, Segment, SegmentRegister};
+use umbra_vcpu::registers::{
+    CodeWidth, ControlRegisters, DescriptorTable, Registers, Segment, SegmentRegister,
+};
 use x86_64::structures::idt::PageFaultErrorCode;
 
 /// Why the machine cannot go on; it always can.
@@ -20,7 +22,14 @@ pub struct Machine {
     pub vectors: [u128; 16],
     pub segments: [Segment; 8],
     pub width: CodeWidth,
+    pub cr0: u64,
+    pub cr3: u64,
     pub cr4: u64,
+    pub efer: u64,
+    pub tables: [DescriptorTable; 2],
+    pub blocking: Option<Blocking>,
+    pub mmx: [u64; 8],
+    pub debug: [u64; 8],
     /// The linear address of the first byte of memory.
     pub base: u64,
     pub memory: Vec<u8>,
@@ -47,7 +56,14 @@ impl Machine {
             vectors: [0; 16],
             segments,
             width,
+            cr0: 1,
+            cr3: 0,
             cr4: 0,
+            efer: 0,
+            tables: [DescriptorTable::default(); 2],
+            blocking: None,
+            mmx: [0; 8],
+            debug: [0; 8],
             base,
             memory: vec![0; bytes],
             read_only: Vec::new(),
@@ -93,14 +109,54 @@ impl Processor for Machine {
         self.segments[register as usize]
     }
 
+    fn set_segment(&mut self, register: SegmentRegister, segment: Segment) {
+        self.segments[register as usize] = segment;
+    }
+
+    fn table(&self, register: TableRegister) -> DescriptorTable {
+        self.tables[register as usize]
+    }
+
+    fn set_table(&mut self, register: TableRegister, table: DescriptorTable) {
+        self.tables[register as usize] = table;
+    }
+
+    fn block_interrupts(&mut self, blocking: Blocking) {
+        self.blocking = Some(blocking);
+    }
+
+    fn debug_register(&mut self, number: u8) -> u64 {
+        self.debug[usize::from(number)]
+    }
+
+    fn set_debug_register(&mut self, number: u8, value: u64) {
+        self.debug[usize::from(number)] = value;
+    }
+
+    fn unblock_nmis(&mut self) {}
+
+    fn x87_words(&mut self) -> (u16, u16) {
+        (0x37f, 0)
+    }
+
+    fn reset_x87(&mut self) {}
+
+    fn mmx_register(&mut self, index: u8) -> u64 {
+        self.mmx[usize::from(index)]
+    }
+
+    fn set_mmx_register(&mut self, index: u8, value: u64) {
+        self.mmx[usize::from(index)] = value;
+    }
+
     fn control_registers(&self) -> ControlRegisters {
         ControlRegisters {
-            cr0: 1,
+            cr0: self.cr0,
             cr2: Gva::new(0),
-            cr3: 0,
+            cr3: self.cr3,
             cr4: self.cr4,
             cr8: 0,
-            efer: 0,
+            efer: self.efer,
             xcr0: 1,
         }
     }
@@ -137,6 +193,19 @@ impl Memory for Machine {
             return Err(Exception::page_fault(address, error).into());
         }
         Ok(Gpa::new(address.as_u64()))
+    }
+
+    fn translate_system(&mut self, address: Gva, intent: Intent) -> Result<Gpa, Stop<Never>> {
+        self.translate(address, intent)
+    }
+
+    fn load_page_table(&mut self, cr3: u64) -> Result<(), Stop<Never>> {
+        self.cr3 = cr3;
+        Ok(())
+    }
+
+    fn set_task_switched(&mut self) {
+        self.cr0 |= 8;
     }
 
     fn read(&mut self, address: Gpa, bytes: &mut [u8]) -> Result<(), Stop<Never>> {

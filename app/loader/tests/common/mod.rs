@@ -117,6 +117,7 @@ fn load_with(
     ram: &mut Ram,
 ) -> Result<Loaded, LoadError> {
     let request = LoadRequest {
+        linux_entry: umbra_loader::LinuxEntry::Kernel,
         name: "guest",
         command_line: "one two",
         modules,

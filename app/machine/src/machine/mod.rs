@@ -270,6 +270,16 @@ impl Machine {
         }
     }
 
+    /// Shows a character that firmware prints for the guest.
+    pub fn print(&mut self, byte: u8) {
+        self.console.write(byte);
+    }
+
+    /// Whether the guest has ended itself.
+    pub const fn is_shut_down(&self) -> bool {
+        self.shutdown.is_some()
+    }
+
     /// Lets all serial output out that was held back.
     pub fn flush_console(&mut self) {
         self.console.flush();
