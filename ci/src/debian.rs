@@ -171,8 +171,8 @@ fn find_in_tar(archive: &[u8], part: &str) -> Result<Vec<u8>> {
     let mut archive = tar::Archive::new(archive);
     for entry in archive.entries()? {
         let mut entry = entry?;
-        let path = entry.path()?.to_string_lossy().into_owned();
-        let path = path.strip_prefix('.').unwrap_or(&path);
+        let path = entry.path()?;
+        let path = format!("/{}", path.strip_prefix(".").unwrap_or(&path).display());
         if path.contains(part) && entry.header().entry_type().is_file() {
             let mut content = Vec::new();
             entry.read_to_end(&mut content)?;
