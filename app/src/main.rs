@@ -76,6 +76,10 @@ fn run() -> ExitCode {
             platform::write_console(options::HELP.as_bytes());
             ExitCode::Success
         }
+        Ok((Request::PrintConfig(options), _)) => {
+            platform::write_console(config::text(&options).as_bytes());
+            ExitCode::Success
+        }
         Ok((Request::Run(options), files)) => launch::run_guests(&options, &files),
         Err(report) => {
             hermit::println!("umbra: {}", report.message);

@@ -29,7 +29,7 @@ const ELF_OS_ABI: usize = 7;
 const ELF_OS_ABI_STANDALONE: u8 = 0xff;
 
 /// A Hermit application that can be booted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Application {
     /// Umbra.

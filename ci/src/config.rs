@@ -82,6 +82,11 @@ impl Config {
         })
     }
 
+    /// What Umbra makes of it, as a configuration.
+    pub fn effective(&self) -> String {
+        config::text(&self.options)
+    }
+
     /// How many reports its guests give, if none fails.
     pub fn reports(&self) -> usize {
         usize::try_from(self.options.runs()).unwrap_or(usize::MAX)

@@ -29,6 +29,7 @@ mod ram_disk;
 mod report;
 mod run;
 mod scenario;
+mod schema;
 mod second_serial;
 mod setup;
 mod terminal;
@@ -68,6 +69,8 @@ enum Verb {
     Coverage(coverage::Options),
     /// Make the image as a file
     Image(image::Options),
+    /// Write the JSON schemas of umbra.toml and of scenarios, which editors know
+    Schema,
     /// Say what this host can run, and why not
     Doctor,
 }
@@ -97,6 +100,7 @@ fn execute(cli: &Cli) -> Result<u8> {
         Verb::Bench(options) => bench::bench(&project, options).map(|()| 0),
         Verb::Coverage(options) => coverage::coverage(&project, options),
         Verb::Image(options) => image::image(&project, options).map(|()| 0),
+        Verb::Schema => schema::schema(&project).map(|()| 0),
         Verb::Doctor => doctor::doctor(&project).map(|()| 0),
     }
 }

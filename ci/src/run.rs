@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
+use umbra_report::config;
 use umbra_report::options::{self, HOST_MEMORY_MIB, Request};
 
 use crate::archive;
@@ -76,6 +77,9 @@ pub struct Options {
     /// all of them
     #[arg(long, value_name = "FILE")]
     trace_to: Option<PathBuf>,
+    /// Print what Umbra is told, as an umbra.toml, and run nothing
+    #[arg(long)]
+    print_config: bool,
     /// Write the report as JSON to this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -104,6 +108,10 @@ pub fn run(project: &Project, options: &Options) -> Result<u8> {
     };
     options.hardware.check(options.on)?;
     options.on.ensure_possible()?;
+    if options.print_config {
+        print!("{}", effective_config(config.as_ref(), &arguments)?);
+        return Ok(0);
+    }
     let initrd = options.initrd.as_deref().map(read).transpose()?;
 
     setup::install(&options.on.needs())?;
@@ -249,16 +257,30 @@ fn arguments(options: &Options, source: Option<&Source>) -> Vec<String> {
         .collect()
 }
 
+/// What Umbra makes of a configuration or, without one, of its arguments, as a configuration.
+fn effective_config(config: Option<&Config>, arguments: &[String]) -> Result<String> {
+    if let Some(config) = config {
+        return Ok(config.effective());
+    }
+    Ok(match parse(arguments)? {
+        Request::Run(options) | Request::PrintConfig(options) => config::text(&options),
+        Request::Help => options::HELP.to_owned(),
+    })
+}
+
+fn parse(arguments: &[String]) -> Result<Request> {
+    options::parse(arguments.iter().map(String::as_str))
+        .map_err(|error| BadInput(error.to_string()).into())
+}
+
 /// Checks Umbra's arguments as Umbra itself does, and returns the memory of the machine that it needs
 /// for them.
 ///
 /// # Errors
 /// Umbra's own complaint about them.
 pub fn host_memory_mib(arguments: &[String]) -> Result<u64> {
-    let request = options::parse(arguments.iter().map(String::as_str))
-        .map_err(|error| BadInput(error.to_string()))?;
-    Ok(match request {
-        Request::Run(options) => options.machine_memory_mib(),
+    Ok(match parse(arguments)? {
+        Request::Run(options) | Request::PrintConfig(options) => options.machine_memory_mib(),
         Request::Help => HOST_MEMORY_MIB,
     })
 }

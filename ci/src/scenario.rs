@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use schemars::JsonSchema;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 use umbra_report::{ExitCode, Outcome, Report};
@@ -29,7 +30,7 @@ use crate::trace::Trace;
 use crate::typing::{Input, Line};
 
 /// What a scenario file holds. Everything but `exit_code` may be left out.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Scenario {
     /// The file's name without `.toml`.
@@ -193,7 +194,7 @@ fn two_minutes() -> u64 {
 }
 
 /// A change of a guest's bytes, which must be in it once.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct Edit {
     find: String,
@@ -223,7 +224,7 @@ impl Edit {
 }
 
 /// What a field of the report must be.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(untagged)]
 enum Expectation {
     Text(String),
@@ -232,7 +233,7 @@ enum Expectation {
     Bounds(Bounds),
 }
 
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct Bounds {
     #[serde(default)]
@@ -252,7 +253,7 @@ fn no_bound() -> u64 {
 }
 
 /// How large one field of a report must be beside another.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct Ratio {
     /// The guest; every guest, unless one is named.
@@ -305,6 +306,12 @@ impl Scenario {
             scenarios.push(scenario);
         }
         Ok(scenarios)
+    }
+
+    /// The keys that a file may have.
+    #[cfg(test)]
+    pub fn keys() -> impl Iterator<Item = &'static str> {
+        KEYS.0.iter().map(|(key, _)| *key)
     }
 
     fn of_guest(guest: Guest) -> Self {

@@ -29,7 +29,7 @@ pub enum Input<'a> {
 }
 
 /// A step of a script.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Line {
     /// What the console must show first, after what the step before has waited for.

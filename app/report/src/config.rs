@@ -12,7 +12,7 @@ use alloc::vec::Vec;
 use toml::{Table, Value};
 
 use crate::file_error::FileError;
-use crate::options::Name;
+use crate::options::{Choice, GuestOptions, Kind, Name, Options};
 
 /// The file's name.
 pub const FILE: &str = "umbra.toml";
@@ -83,6 +83,92 @@ const VARIABLE_PREFIX: &str = "UMBRA_";
 fn variable(key: &str) -> String {
     let name = key.replace('-', "_").to_ascii_uppercase();
     format!("{VARIABLE_PREFIX}{name}")
+}
+
+/// The file that asks for `options`, whose defaults it spells out. What depends on a guest's memory or
+/// on the boot modules is left out.
+pub fn text(options: &Options) -> String {
+    let file = match &options.guests[..] {
+        [guest] if guest.name.is_none() => table(guest),
+        guests => {
+            let guests = guests.iter().map(table).map(Value::Table).collect();
+            Table::from_iter([("guest".to_string(), Value::Array(guests))])
+        }
+    };
+    match toml::to_string(&file) {
+        Ok(text) => text,
+        // TOML refuses only what these tables don't have.
+        Err(error) => unreachable!("the options are not TOML: {error}"),
+    }
+}
+
+fn table(guest: &GuestOptions) -> Table {
+    let text = |key: &str, text: &str| (key.to_string(), Value::from(text));
+    // The largest number that an option takes fits.
+    let number = |key: &str, number: u64| (key.to_string(), Value::from(number.cast_signed()));
+    let mut table = Table::from_iter([
+        text("append", &guest.append),
+        text("memory", &size(guest.memory)),
+        text("mmu-policy", guest.mmu_policy.name()),
+        text("on-exhausted", guest.on_exhausted.name()),
+        text("trace-format", guest.trace_format.name()),
+        text("entry", guest.entry.name()),
+        number("repeat", guest.repeat),
+        number("timeout", guest.timeout.map_or(0, |time| time.as_secs())),
+    ]);
+    let traced = guest.trace.names();
+    let failing = guest.fail_allocation.map(|failing| failing.to_string());
+    let shrinking = guest.shrink_at.map(|shrinking| shrinking.to_string());
+    let given = [
+        ("trace", (!traced.is_empty()).then_some(&*traced)),
+        ("name", guest.name.as_deref()),
+        ("image", guest.image.as_deref()),
+        ("initrd", guest.initrd.as_deref()),
+        ("device", guest.device.map(Choice::name)),
+        ("gdb", guest.gdb.map(Choice::name)),
+        ("fail-allocation", failing.as_deref()),
+        ("shrink-at", shrinking.as_deref()),
+    ];
+    let given = given.into_iter();
+    table.extend(given.filter_map(|(key, value)| Some(text(key, value?))));
+    table.extend(guest.mmu_pages.map(|pages| number("mmu-pages", pages)));
+    table
+}
+
+/// Bytes in the largest unit that divides them.
+fn size(bytes: u64) -> String {
+    let units = [("G", 30), ("M", 20), ("K", 10)];
+    let mut units = units.into_iter();
+    match units.find(|(_, shift)| bytes.trailing_zeros() >= *shift) {
+        Some((name, shift)) => format!("{}{name}", bytes >> shift),
+        None => bytes.to_string(),
+    }
+}
+
+/// A key of the file.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Key {
+    /// Its name.
+    pub name: &'static str,
+    /// The option that it is, as [`crate::options::HELP`] lists it.
+    pub option: &'static str,
+    /// What its value is.
+    pub kind: Kind,
+}
+
+/// The keys of a guest; all but `name` may also stand at the top, for every guest.
+pub fn keys() -> impl Iterator<Item = Key> {
+    GUEST.into_iter().filter_map(|key| {
+        let option = match key {
+            "name" => Name::Guest,
+            _ => option(key, &GUEST).ok()?,
+        };
+        Some(Key {
+            name: key,
+            option: option.text(),
+            kind: option.kind()?,
+        })
+    })
 }
 
 /// The keys that stand at the top.
@@ -182,7 +268,10 @@ fn argument(option: Name, key: &str, value: &Value) -> Result<String, FileError>
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::options::{self, Request};
+    use crate::options::{
+        self, Debug, Device, Entry, FailAllocation, MmuPolicy, OnExhausted, Request, ShrinkAt,
+        ShrinkPoint, TraceFormat, Traced,
+    };
     use proptest::prelude::*;
 
     fn merged(text: &str, command_line: &[&str]) -> Vec<String> {
@@ -272,7 +361,83 @@ mod tests {
         );
     }
 
+    #[test]
+    fn the_effective_configuration_is_printed() {
+        let printed = |arguments: &[&str]| {
+            let Ok(Request::Run(options)) = options::parse(arguments.iter().copied()) else {
+                panic!("{arguments:?}");
+            };
+            text(&options)
+        };
+        let plain = printed(&["--memory=2048K", "--append=a \"b\""]);
+        assert!(
+            plain.contains("append = 'a \"b\"'\nmemory = \"2M\"\n"),
+            "{plain}"
+        );
+        let named = printed(&["--guest=a", "--mmu-pages=64"]);
+        assert!(named.starts_with("[[guest]]\n") && named.contains("mmu-pages = 64\n"));
+        assert_eq!(keys().count(), GUEST.len());
+    }
+
+    prop_compose! {
+        fn any_guest()(
+            files in prop::collection::vec(prop::option::of("(?s).+"), 2),
+            texts in prop::collection::vec("(?s).+", 2),
+            pages in 512_u64..1 << 27,
+            mmu_pages in prop::option::of(1_u64..=options::MAXIMUM_MMU_PAGES),
+            flags in any::<[bool; 5]>(),
+            trace in 0..4_usize,
+            gdb in prop::option::of(prop::sample::select(Vec::from([Debug::Wait, Debug::Attach]))),
+            every in prop::option::of(1_u64..1000),
+            repeat in 1..=options::MAXIMUM_REPEAT,
+            timeout in prop::option::of(1..=options::MAXIMUM_TIMEOUT),
+        ) -> GuestOptions {
+            let [name, append] = &texts[..] else { unreachable!() };
+            let [image, initrd] = &files[..] else { unreachable!() };
+            GuestOptions {
+                name: Some(name.clone()),
+                image: image.clone(),
+                initrd: initrd.clone(),
+                append: append.clone(),
+                memory: pages << 12,
+                mmu_pages,
+                mmu_policy: if flags[0] { MmuPolicy::Clock } else { MmuPolicy::Fifo },
+                on_exhausted: if flags[1] { OnExhausted::Stop } else { OnExhausted::Raise },
+                device: flags[2].then_some(Device::TestDevice),
+                gdb,
+                entry: if flags[4] { Entry::Kernel } else { Entry::RealMode },
+                fail_allocation: every.map(if flags[0] { FailAllocation::One } else { FailAllocation::From }),
+                shrink_at: every.map(|every| ShrinkAt {
+                    point: if flags[1] { ShrinkPoint::Fault } else { ShrinkPoint::Locked },
+                    every,
+                }),
+                trace: [Traced::NOTHING, Traced::EXITS, Traced::DEVICES, Traced::ALL][trace],
+                trace_format: if flags[3] { TraceFormat::Text } else { TraceFormat::Json },
+                repeat,
+                timeout: timeout.map(core::time::Duration::from_secs),
+            }
+        }
+    }
+
     proptest! {
+        #[test]
+        fn what_is_printed_is_read_back(
+            mut guests in prop::collection::vec(any_guest(), 1..4),
+            is_nameless: bool,
+        ) {
+            for (index, guest) in guests.iter_mut().enumerate() {
+                guest.name = guest.name.take().map(|name| format!("{name}{index}"));
+            }
+            if is_nameless {
+                guests.truncate(1);
+                guests[0].name = None;
+            }
+            let options = Options { guests };
+            let arguments = merge(&text(&options), &[]).unwrap();
+            let read = options::parse(arguments.iter().map(String::as_str));
+            prop_assert_eq!(read, Ok(Request::Run(options)));
+        }
+
         #[test]
         fn every_mistake_is_one_line(text in "(?s).*") {
             if let Err(error) = merge(&text, &[]) {

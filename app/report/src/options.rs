@@ -8,6 +8,7 @@
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use core::fmt;
+use core::ops::RangeInclusive;
 use core::time::Duration;
 
 /// What `--help` prints.
@@ -46,6 +47,7 @@ Umbra runs guests, whose files the boot loader passes as modules or in one tar a
   --shrink-at WHEN   for tests: takes shadow pages from all guests while it faults (fault), loads page
                      tables (cr3), gives pages back (commit), or holds its MMU's lock (locked);
                      WHEN:N does so every Nth time
+  --print-config     print what all this amounts to, as an umbra.toml, and run nothing
   --help             print this text
 
 A boot module named umbra.toml holds the same options as keys, and guests as [[guest]] tables; it is
@@ -82,6 +84,8 @@ const PAGE_SIZE: u64 = 4096;
 pub enum Request {
     /// Run guests.
     Run(Options),
+    /// Print the options as a configuration file ([`crate::config::text`]) and succeed.
+    PrintConfig(Options),
     /// Print [`HELP`] and succeed.
     Help,
 }
@@ -195,20 +199,28 @@ impl Traced {
         self.0 & other.0 == other.0
     }
 
+    /// Each kind by its name.
+    const KINDS: [(&str, Self); 3] = [
+        ("exits", Self::EXITS),
+        ("mmu", Self::MMU),
+        ("devices", Self::DEVICES),
+    ];
+
     /// Reads kinds with commas between.
     fn parse(text: &str) -> Option<Self> {
         let mut traced = Self::NOTHING;
         for kind in text.split(',') {
-            traced.0 |= match kind {
-                "exits" => Self::EXITS,
-                "mmu" => Self::MMU,
-                "devices" => Self::DEVICES,
-                "all" => Self::ALL,
-                _ => return None,
-            }
-            .0;
+            let named = Self::KINDS.into_iter().chain([("all", Self::ALL)]);
+            traced.0 |= named.into_iter().find(|(name, _)| *name == kind)?.1.0;
         }
         Some(traced)
+    }
+
+    /// The names of the kinds with commas between.
+    pub(crate) fn names(self) -> String {
+        let names = Self::KINDS.into_iter();
+        let names = names.filter(|(_, kind)| self.contains(*kind));
+        names.map(|(name, _)| name).collect::<Vec<_>>().join(",")
     }
 }
 
@@ -257,6 +269,15 @@ pub enum FailAllocation {
     From(u64),
 }
 
+impl fmt::Display for FailAllocation {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::One(number) => write!(formatter, "{number}"),
+            Self::From(number) => write!(formatter, "{number}.."),
+        }
+    }
+}
+
 /// When shadow pages are taken away for a test.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct ShrinkAt {
@@ -264,6 +285,12 @@ pub struct ShrinkAt {
     pub point: ShrinkPoint,
     /// Every how many of these moments.
     pub every: u64,
+}
+
+impl fmt::Display for ShrinkAt {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{}:{}", self.point.name(), self.every)
+    }
 }
 
 /// A moment in a guest's run.
@@ -296,6 +323,72 @@ pub enum Device {
     TestDevice,
 }
 
+/// What the value of an option is.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Kind {
+    /// Any text.
+    Text,
+    /// Bytes, or a number with K, M or G.
+    Size,
+    /// A whole number within these bounds.
+    Number(RangeInclusive<u64>),
+    /// One of these texts.
+    Choice(Vec<&'static str>),
+}
+
+impl Kind {
+    fn of<T: Choice>() -> Self {
+        Self::Choice(T::NAMES.iter().map(|(name, _)| *name).collect())
+    }
+}
+
+/// A value that has one of a few names.
+pub(crate) trait Choice: Copy + PartialEq + 'static {
+    /// Every value with its name.
+    const NAMES: &'static [(&'static str, Self)];
+
+    /// Its name.
+    fn name(self) -> &'static str {
+        let named = Self::NAMES.iter().find(|(_, value)| *value == self);
+        named.map_or("", |(name, _)| name)
+    }
+}
+
+impl Choice for MmuPolicy {
+    const NAMES: &'static [(&'static str, Self)] = &[("clock", Self::Clock), ("fifo", Self::Fifo)];
+}
+
+impl Choice for OnExhausted {
+    const NAMES: &'static [(&'static str, Self)] = &[("stop", Self::Stop), ("raise", Self::Raise)];
+}
+
+impl Choice for TraceFormat {
+    const NAMES: &'static [(&'static str, Self)] = &[("text", Self::Text), ("json", Self::Json)];
+}
+
+impl Choice for Debug {
+    const NAMES: &'static [(&'static str, Self)] =
+        &[("wait", Self::Wait), ("attach", Self::Attach)];
+}
+
+impl Choice for Entry {
+    const NAMES: &'static [(&'static str, Self)] =
+        &[("kernel", Self::Kernel), ("real-mode", Self::RealMode)];
+}
+
+impl Choice for ShrinkPoint {
+    const NAMES: &'static [(&'static str, Self)] = &[
+        ("fault", Self::Fault),
+        ("cr3", Self::Cr3),
+        ("commit", Self::Commit),
+        ("locked", Self::Locked),
+    ];
+}
+
+impl Choice for Device {
+    const NAMES: &'static [(&'static str, Self)] = &[("testdev", Self::TestDevice)];
+}
+
 /// One option.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Name {
@@ -316,11 +409,12 @@ pub(crate) enum Name {
     Trace,
     TraceFormat,
     Gdb,
+    PrintConfig,
     Help,
 }
 
 impl Name {
-    pub(crate) const ALL: [Self; 18] = [
+    pub(crate) const ALL: [Self; 19] = [
         Self::Guest,
         Self::Image,
         Self::Initrd,
@@ -338,6 +432,7 @@ impl Name {
         Self::Trace,
         Self::TraceFormat,
         Self::Gdb,
+        Self::PrintConfig,
         Self::Help,
     ];
 
@@ -360,6 +455,7 @@ impl Name {
             Self::Trace => "--trace",
             Self::TraceFormat => "--trace-format",
             Self::Gdb => "--gdb",
+            Self::PrintConfig => "--print-config",
             Self::Help => "--help",
         }
     }
@@ -384,8 +480,32 @@ impl Name {
             Self::Trace => "exits, mmu, devices or all, as in --trace exits,mmu",
             Self::TraceFormat => "text or json, as in --trace-format json",
             Self::Gdb => "wait or attach, as in --gdb wait",
-            Self::Help => "no value",
+            Self::PrintConfig | Self::Help => "no value",
         }
+    }
+
+    /// What its value is; none for an option without one.
+    pub(crate) fn kind(self) -> Option<Kind> {
+        Some(match self {
+            Self::Guest
+            | Self::Image
+            | Self::Initrd
+            | Self::Append
+            | Self::FailAllocation
+            | Self::ShrinkAt
+            | Self::Trace => Kind::Text,
+            Self::Memory => Kind::Size,
+            Self::MmuPages => Kind::Number(MINIMUM_MMU_PAGES..=MAXIMUM_MMU_PAGES),
+            Self::MmuPolicy => Kind::of::<MmuPolicy>(),
+            Self::OnExhausted => Kind::of::<OnExhausted>(),
+            Self::Device => Kind::of::<Device>(),
+            Self::Repeat => Kind::Number(1..=MAXIMUM_REPEAT),
+            Self::Timeout => Kind::Number(0..=MAXIMUM_TIMEOUT),
+            Self::Gdb => Kind::of::<Debug>(),
+            Self::Entry => Kind::of::<Entry>(),
+            Self::TraceFormat => Kind::of::<TraceFormat>(),
+            Self::PrintConfig | Self::Help => return None,
+        })
     }
 }
 
@@ -399,7 +519,7 @@ pub fn parse<'a>(arguments: impl IntoIterator<Item = &'a str>) -> Result<Request
     let mut defaults = GuestOptions::default();
     let mut guests: Vec<GuestOptions> = Vec::new();
     let mut seen = [false; Name::ALL.len()];
-    let mut help = false;
+    let mut instead = None;
     while let Some(argument) = arguments.next() {
         let (text, attached) = match argument.split_once('=') {
             Some((text, value)) if text.starts_with('-') => (text, Some(value)),
@@ -414,11 +534,12 @@ pub fn parse<'a>(arguments: impl IntoIterator<Item = &'a str>) -> Result<Request
                 option: name.text(),
             });
         }
-        if name == Name::Help {
+        if name.kind().is_none() {
             if let Some(value) = attached {
                 return Err(bad_value(name, value, "it takes no value"));
             }
-            help = true;
+            // Whoever asks for help wants nothing else.
+            instead = instead.filter(|&other| other == Name::Help).or(Some(name));
             continue;
         }
         let value = match attached {
@@ -451,10 +572,11 @@ pub fn parse<'a>(arguments: impl IntoIterator<Item = &'a str>) -> Result<Request
     if guests.is_empty() {
         guests.push(defaults);
     }
-    Ok(if help {
-        Request::Help
-    } else {
-        Request::Run(Options { guests })
+    let options = Options { guests };
+    Ok(match instead {
+        None => Request::Run(options),
+        Some(Name::PrintConfig) => Request::PrintConfig(options),
+        Some(_) => Request::Help,
     })
 }
 
@@ -492,28 +614,15 @@ fn set(options: &mut GuestOptions, name: Name, value: &str) -> Result<(), Option
         Name::Append => options.append = value.to_string(),
         Name::Memory => options.memory = memory(value)?,
         Name::MmuPages => {
-            let pages = number(name, value)?;
-            check_range(name, value, pages, MINIMUM_MMU_PAGES, MAXIMUM_MMU_PAGES)?;
-            options.mmu_pages = Some(pages);
+            options.mmu_pages = Some(number_within_bounds(name, value)?);
         }
         Name::MmuPolicy => {
-            options.mmu_policy = match value {
-                "clock" => MmuPolicy::Clock,
-                "fifo" => MmuPolicy::Fifo,
-                _ => return Err(bad_value(name, value, "there is no such policy")),
-            };
+            options.mmu_policy = choice(name, value, "there is no such policy")?;
         }
         Name::OnExhausted => {
-            options.on_exhausted = match value {
-                "stop" => OnExhausted::Stop,
-                "raise" => OnExhausted::Raise,
-                _ => return Err(bad_value(name, value, "that cannot be done")),
-            };
+            options.on_exhausted = choice(name, value, "that cannot be done")?;
         }
-        Name::Device => match value {
-            "testdev" => options.device = Some(Device::TestDevice),
-            _ => return Err(bad_value(name, value, "there is no such device")),
-        },
+        Name::Device => options.device = Some(choice(name, value, "there is no such device")?),
         Name::FailAllocation => {
             let (digits, fails): (_, fn(u64) -> FailAllocation) = match value.strip_suffix("..") {
                 Some(digits) => (digits, FailAllocation::From),
@@ -525,30 +634,18 @@ fn set(options: &mut GuestOptions, name: Name, value: &str) -> Result<(), Option
         }
         Name::ShrinkAt => {
             let (point, every) = value.split_once(':').unwrap_or((value, "1"));
-            let point = match point {
-                "fault" => ShrinkPoint::Fault,
-                "cr3" => ShrinkPoint::Cr3,
-                "commit" => ShrinkPoint::Commit,
-                "locked" => ShrinkPoint::Locked,
-                _ => return Err(bad_value(name, value, "there is no such moment")),
-            };
+            let point =
+                named(point).ok_or_else(|| bad_value(name, value, "there is no such moment"))?;
             let every = number(name, every)?;
             check_range(name, value, every, 1, MAXIMUM_COUNT)?;
             options.shrink_at = Some(ShrinkAt { point, every });
         }
-        Name::Entry => match value {
-            "kernel" => options.entry = Entry::Kernel,
-            "real-mode" => options.entry = Entry::RealMode,
-            _ => return Err(bad_value(name, value, "it is neither kernel nor real-mode")),
-        },
+        Name::Entry => options.entry = choice(name, value, "it is neither kernel nor real-mode")?,
         Name::Repeat => {
-            let times = number(name, value)?;
-            check_range(name, value, times, 1, MAXIMUM_REPEAT)?;
-            options.repeat = times;
+            options.repeat = number_within_bounds(name, value)?;
         }
         Name::Timeout => {
-            let seconds = number(name, value)?;
-            check_range(name, value, seconds, 0, MAXIMUM_TIMEOUT)?;
+            let seconds = number_within_bounds(name, value)?;
             options.timeout = (seconds != 0).then(|| Duration::from_secs(seconds));
         }
         Name::Trace => {
@@ -556,20 +653,12 @@ fn set(options: &mut GuestOptions, name: Name, value: &str) -> Result<(), Option
                 .ok_or_else(|| bad_value(name, value, "there is no such kind of event"))?;
         }
         Name::TraceFormat => {
-            options.trace_format = match value {
-                "text" => TraceFormat::Text,
-                "json" => TraceFormat::Json,
-                _ => return Err(bad_value(name, value, "there is no such format")),
-            };
+            options.trace_format = choice(name, value, "there is no such format")?;
         }
         Name::Gdb => {
-            options.gdb = match value {
-                "wait" => Some(Debug::Wait),
-                "attach" => Some(Debug::Attach),
-                _ => return Err(bad_value(name, value, "no debugger does that")),
-            };
+            options.gdb = Some(choice(name, value, "no debugger does that")?);
         }
-        Name::Help => {}
+        Name::PrintConfig | Name::Help => {}
     }
     Ok(())
 }
@@ -603,6 +692,25 @@ fn number(name: Name, value: &str) -> Result<u64, OptionsError> {
         return Err(bad_value(name, value, "it is not a whole number"));
     }
     Ok(value.parse().unwrap_or(u64::MAX))
+}
+
+/// The same, within the option's bounds.
+fn number_within_bounds(name: Name, value: &str) -> Result<u64, OptionsError> {
+    let number = number(name, value)?;
+    if let Some(Kind::Number(bounds)) = name.kind() {
+        check_range(name, value, number, *bounds.start(), *bounds.end())?;
+    }
+    Ok(number)
+}
+
+/// The value of that name; `reason` is why there is none.
+fn choice<T: Choice>(name: Name, value: &str, reason: &'static str) -> Result<T, OptionsError> {
+    named(value).ok_or_else(|| bad_value(name, value, reason))
+}
+
+fn named<T: Choice>(text: &str) -> Option<T> {
+    let named = T::NAMES.iter().find(|(name, _)| *name == text);
+    named.map(|(_, choice)| *choice)
 }
 
 fn check_range(
@@ -893,6 +1001,13 @@ mod tests {
 
     #[test]
     fn help_is_asked_for() {
+        let default = Options {
+            guests: Vec::from([GuestOptions::default()]),
+        };
+        assert_eq!(parse(["--print-config"]), Ok(Request::PrintConfig(default)));
+        for both in [["--help", "--print-config"], ["--print-config", "--help"]] {
+            assert_eq!(parse(both), Ok(Request::Help));
+        }
         assert_eq!(parse(["--memory", "64M", "--help"]), Ok(Request::Help));
         assert!(error(&["--help=yes"]).contains("it takes no value"));
         for name in Name::ALL {
@@ -1055,14 +1170,14 @@ mod tests {
             arguments in prop::collection::vec(
                 prop_oneof![
                     "(?s).*",
-                    "--(guest|image|initrd|append|memory|mmu-pages|mmu-policy|on-exhausted|fail-allocation|shrink-at|device|entry|repeat|timeout|trace|trace-format|gdb|help)(=(?s).*)?",
+                    "--(guest|image|initrd|append|memory|mmu-pages|mmu-policy|on-exhausted|fail-allocation|shrink-at|device|entry|repeat|timeout|trace|trace-format|gdb|print-config|help)(=(?s).*)?",
                     "[0-9]{1,22}[KMG]?",
                 ],
                 0..6,
             ),
         ) {
             match parse(arguments.iter().map(String::as_str)) {
-                Ok(Request::Run(options)) => {
+                Ok(Request::Run(options) | Request::PrintConfig(options)) => {
                     prop_assert!(!options.guests.is_empty());
                     for guest in options.guests {
                         prop_assert!((MINIMUM_MEMORY..=MAXIMUM_MEMORY).contains(&guest.memory));

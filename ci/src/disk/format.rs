@@ -14,7 +14,7 @@ use crate::project::Project;
 use crate::setup::{self, Need};
 
 /// A form of the disk image.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Format {
     /// The disk as it is.

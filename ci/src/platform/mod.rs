@@ -35,7 +35,18 @@ use crate::setup::{self, Need};
 use crate::typing::{End, Input};
 
 /// A machine to boot on, by its name on the command line and in scenarios.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum, serde::Deserialize)]
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    ValueEnum,
+    serde::Deserialize,
+    schemars::JsonSchema,
+)]
 #[serde(rename_all = "kebab-case")]
 pub enum Platform {
     /// QEMU's software emulation of an AMD CPU with SVM
@@ -210,7 +221,7 @@ impl Boot<'_> {
 }
 
 /// What an emulated machine's clock follows. Bochs's always counts instructions.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Clock {
     /// The time that passes.
