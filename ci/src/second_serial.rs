@@ -23,7 +23,7 @@ use crate::platform::Console;
 const PERIOD: Duration = Duration::from_millis(10);
 
 /// A step of a script.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Exchange {
     /// What the console must show first, after what the step before has waited for.

@@ -23,7 +23,7 @@ use crate::uhyve::{self, LINUX_COMMAND_LINE, Machine};
 const LINUX_MEMORY_MIB: u64 = 128;
 
 /// What only uhyve has.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
     /// More options for uhyve.
