@@ -36,7 +36,7 @@ pub struct Exchange {
 }
 
 /// A session of GDB, which begins when Umbra says that it can.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Session {
     /// GDB's commands after it has connected.
