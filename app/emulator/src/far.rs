@@ -226,11 +226,13 @@ pub fn call<E: Environment>(
 fn peek<E: Environment, const N: usize>(
     environment: &mut E,
     size: Size,
-    skipped: usize,
+    skipped: i64,
 ) -> Result<[u64; N], Stop<E::Failure>> {
     let mut values = [0; N];
-    for (index, value) in (skipped..).zip(&mut values) {
-        let operand = stack::operand_at(environment, size.distance() * index as i64);
+    let mut distance = size.distance() * skipped;
+    for value in &mut values {
+        let operand = stack::operand_at(environment, distance);
+        distance += size.distance();
         let place = address::resolve(environment, operand, size.bytes(), Intent::Read)?;
         *value = read_memory(environment, &place, size)?;
     }
@@ -272,11 +274,10 @@ pub fn far_return<E: Environment>(
         return Err(Stop::Unsupported);
     }
     // The outer level's stack pointer stands above the parameters that the return releases.
-    let parameters = usize::try_from(extra).unwrap_or(0);
-    if parameters % size.bytes() != 0 {
+    if extra % size.distance() != 0 {
         return Err(Stop::Unsupported);
     }
-    let [new_top, stack] = peek(environment, size, 2 + parameters / size.bytes())?;
+    let [new_top, stack] = peek(environment, size, 2 + extra / size.distance())?;
     enter_outer_level(environment, code, stack as u16, new_top, size)?;
     stack::move_top(environment, extra);
     Ok(Progress::Done { next_rip })

@@ -100,7 +100,7 @@ pub fn push_all<E: Environment>(
 ) -> Result<(), Stop<E::Failure>> {
     const MOST: usize = 8 * 8;
     let length = size.bytes() * values.len();
-    let distance = size.distance() * values.len() as i64;
+    let distance = values.iter().map(|_| size.distance()).sum::<i64>();
     let operand = operand_at(environment, -distance);
     let place = address::resolve(environment, operand, length, Intent::Write)?;
     let mut bytes = [0; MOST];
@@ -157,7 +157,7 @@ pub fn pop_general<E: Environment>(
         value[..slot.len()].copy_from_slice(slot);
         set_general(environment, *register, size, u64::from_le_bytes(value));
     }
-    move_top(environment, length as i64);
+    move_top(environment, 8 * size.distance());
     Ok(())
 }
 
@@ -176,7 +176,7 @@ pub fn enter<E: Environment>(
     environment: &mut E,
     instruction: &Instruction,
 ) -> Result<(), Stop<E::Failure>> {
-    if instruction.immediate8_2nd() % 32 != 0 {
+    if !instruction.immediate8_2nd().is_multiple_of(32) {
         return Err(Stop::Unsupported);
     }
     let released = i64::from(instruction.immediate16());

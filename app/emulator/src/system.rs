@@ -107,7 +107,7 @@ fn in_place<E: Environment>(
             finish_load(environment, named, loaded);
         }
         M::Mov if is_register(instruction, Register::is_dr) => {
-            move_debug(environment, instruction)?
+            move_debug(environment, instruction)?;
         }
         M::Fninit => {
             vector_rules::check_x87(environment)?;

@@ -350,12 +350,19 @@ fn is_candidate(instruction: &Instruction) -> bool {
         Mnemonic::Cmpxchg16b => is_x86_feature_detected!("cmpxchg16b"),
         Mnemonic::Movntdqa => is_x86_feature_detected!("sse4.1"),
         Mnemonic::Lddqu => is_x86_feature_detected!("sse3"),
-        // They load segment registers, which the test's own code needs.
-        Mnemonic::Lss | Mnemonic::Lfs | Mnemonic::Lgs => false,
-        // They show the kernel's registers, or an emulation of them.
-        Mnemonic::Fnstcw | Mnemonic::Fnstsw => false,
-        Mnemonic::Smsw | Mnemonic::Sgdt | Mnemonic::Sidt | Mnemonic::Sldt | Mnemonic::Str => false,
-        Mnemonic::Insb
+        // The test's own code needs its segment registers; and system registers and the x87 unit are
+        // the kernel's, or an emulation of them.
+        Mnemonic::Lss
+        | Mnemonic::Lfs
+        | Mnemonic::Lgs
+        | Mnemonic::Fnstcw
+        | Mnemonic::Fnstsw
+        | Mnemonic::Smsw
+        | Mnemonic::Sgdt
+        | Mnemonic::Sidt
+        | Mnemonic::Sldt
+        | Mnemonic::Str
+        | Mnemonic::Insb
         | Mnemonic::Insw
         | Mnemonic::Insd
         | Mnemonic::Outsb
@@ -484,10 +491,9 @@ fn check(mut case: Case, native: &mut Native, tally: &mut Tally) -> Result<(), T
                 break;
             }
             Ok(Progress::Repeating) => {}
-            // These are the run loop's, and not for an ordinary process.
-            Ok(Progress::Exits { .. } | Progress::Delivers(_)) => return Ok(()),
-            // What leaves the test's memory, or is not known, is not run.
-            Err(Stop::Exception(_) | Stop::Unsupported) => return Ok(()),
+            // What leaves the test's memory, is not known, or is the run loop's, is not run.
+            Ok(Progress::Exits { .. } | Progress::Delivers(_))
+            | Err(Stop::Exception(_) | Stop::Unsupported) => return Ok(()),
             Err(Stop::Failed(never)) => match never {},
         }
     }

@@ -29,7 +29,10 @@ pub fn call<P: Platform>(firmware: &Firmware, caller: &mut Caller<'_, P>) {
         .filter(|_| caller.low(Gpr::Rdx) == DISK_NUMBER);
     let outcome = match disk {
         // A reset concerns the controller.
-        _ if function == 0x00 => status(caller, 0),
+        _ if function == 0x00 => {
+            status(caller, 0);
+            Ok(())
+        }
         None => Err(INVALID_FUNCTION),
         Some(disk) => serve(caller, disk, function),
     };
@@ -45,7 +48,10 @@ pub fn call<P: Platform>(firmware: &Firmware, caller: &mut Caller<'_, P>) {
 fn serve<P: Platform>(caller: &mut Caller<'_, P>, disk: &[u8], function: u8) -> Outcome {
     let sectors = (disk.len() / SECTOR_SIZE) as u64;
     match function {
-        0x01 => status(caller, 0),
+        0x01 => {
+            status(caller, 0);
+            Ok(())
+        }
         0x02 => {
             let count = usize::from(caller.low(Gpr::Rax));
             let first = position(caller).ok_or(SECTOR_NOT_FOUND)?;
@@ -70,14 +76,16 @@ fn serve<P: Platform>(caller: &mut Caller<'_, P>, disk: &[u8], function: u8) -> 
             const FIXED_DISK: u8 = 3;
             caller.set_word(Gpr::Rcx, (sectors >> 16) as u16);
             caller.set_word(Gpr::Rdx, sectors as u16);
-            status(caller, FIXED_DISK)
+            status(caller, FIXED_DISK);
+            Ok(())
         }
         0x41 if caller.word(Gpr::Rbx) == 0x55aa => {
             const VERSION: u8 = 0x30;
             const FIXED_DISK_ACCESS: u16 = 1;
             caller.set_word(Gpr::Rbx, 0xaa55);
             caller.set_word(Gpr::Rcx, FIXED_DISK_ACCESS);
-            status(caller, VERSION)
+            status(caller, VERSION);
+            Ok(())
         }
         0x42 => read_by_packet(caller, disk),
         0x48 => parameters(caller, sectors),
@@ -85,9 +93,8 @@ fn serve<P: Platform>(caller: &mut Caller<'_, P>, disk: &[u8], function: u8) -> 
     }
 }
 
-fn status<P: Platform>(caller: &mut Caller<'_, P>, status: u8) -> Outcome {
+fn status<P: Platform>(caller: &mut Caller<'_, P>, status: u8) {
     caller.set_high(Gpr::Rax, status);
-    Ok(())
 }
 
 /// How many cylinders a disk shows: all that it needs, as far as they can be numbered.
@@ -136,7 +143,8 @@ fn read_by_packet<P: Platform>(caller: &mut Caller<'_, P>, disk: &[u8]) -> Outco
     first.copy_from_slice(&packet[8..]);
     let first = u64::from_le_bytes(first);
     read(caller, disk, first, usize::from(half(2)), target)?;
-    status(caller, 0)
+    status(caller, 0);
+    Ok(())
 }
 
 /// Extended parameters into the 26 bytes at DS:SI.
@@ -156,5 +164,6 @@ fn parameters<P: Platform>(caller: &mut Caller<'_, P>, sectors: u64) -> Outcome 
     result[16..24].copy_from_slice(&sectors.to_le_bytes());
     result[24..].copy_from_slice(&(SECTOR_SIZE as u16).to_le_bytes());
     caller.platform.write(at, &result);
-    status(caller, 0)
+    status(caller, 0);
+    Ok(())
 }

@@ -16,7 +16,7 @@ const DISK: u16 = 0x80;
 /// The first sector of a file that is a boot sector or a disk image.
 pub fn find(file: &[u8]) -> Option<&[u8; SECTOR_SIZE]> {
     let sector = file.first_chunk::<SECTOR_SIZE>()?;
-    let is_whole = file.len() % SECTOR_SIZE == 0;
+    let is_whole = file.len().is_multiple_of(SECTOR_SIZE);
     (is_whole && sector.ends_with(&SIGNATURE)).then_some(sector)
 }
 

@@ -207,6 +207,8 @@ impl fmt::Display for LoadError {
             Self::NotInRam { .. } | Self::NoRoom { .. } | Self::HostMemory => {
                 self.fmt_memory(formatter)
             }
+            Self::BootSectorModule => formatter
+                .write_str("a boot sector takes no initrd: put it on the disk image behind it"),
             _ => self.fmt_file(formatter),
         }
     }
@@ -279,8 +281,6 @@ impl LoadError {
                 "{hint}; known formats are Multiboot (a header in the first 8 KiB), PVH (an ELF note \
                  XEN_ELFNOTE_PHYS32_ENTRY), Linux bzImage, Hermit and boot sector"
             ),
-            Self::BootSectorModule => formatter
-                .write_str("a boot sector takes no initrd: put it on the disk image behind it"),
             Self::ElfTruncated { size, needed } => write!(
                 formatter,
                 "the ELF header has {needed:#x} bytes, but the file only {size:#x}"

@@ -320,16 +320,8 @@ impl<'a> BzImage<'a> {
             modules => return Err(LinuxError::Modules(modules.len()).into()),
         };
 
-        let area = u64::from(SETUP_SEGMENT) << 4;
-        let taken = [
-            (start, start.saturating_add(self.init_size)),
-            (area, area + SETUP_AREA),
-        ];
-        let taken = match request.linux_entry {
-            LinuxEntry::Kernel => &taken[..1],
-            LinuxEntry::RealMode => &taken[..],
-        };
-        let mut placement = Placement::new(map, taken.iter().copied());
+        let taken = self.occupied(start, request.linux_entry);
+        let mut placement = Placement::new(map, taken);
         placement.fill(address_32(start)?, self.system);
         let initrd = match initrd {
             Some(&Module { data, .. }) => {
@@ -408,6 +400,17 @@ impl<'a> BzImage<'a> {
             entry,
             bios: Bios::Absent,
         })
+    }
+
+    /// What is taken before anything else is placed, by start and end.
+    fn occupied(&self, start: u64, entry: LinuxEntry) -> impl Iterator<Item = (u64, u64)> {
+        let area = u64::from(SETUP_SEGMENT) << 4;
+        let setup = match entry {
+            LinuxEntry::Kernel => None,
+            LinuxEntry::RealMode => Some((area, area + SETUP_AREA)),
+        };
+        let kernel = (start, start.saturating_add(self.init_size));
+        core::iter::once(kernel).chain(setup)
     }
 
     /// The setup code with what a loader tells it in its header.
