@@ -163,15 +163,18 @@ impl<H: Host> Core<'_, H> {
             self.state.reserved += most;
             return Ok(last);
         }
-        // Making room may zap pages on the path itself, so what is missing is counted anew until
-        // it is covered: at most once for each level.
+        // Making room may zap pages on the path itself, even where it fails in the end, so what is
+        // missing is counted anew until it is covered or no more: at most once for each level.
         loop {
             let missing = self.missing(root, walk, gva, level);
             if missing <= self.state.reserved {
                 return Ok(root);
             }
             if let Err(report) = self.make_pages_available(missing - self.state.reserved) {
-                let needed = self.missing(root, walk, gva, level);
+                if self.missing(root, walk, gva, level) > missing {
+                    continue;
+                }
+                let needed = missing;
                 return Err(NoPageAvailable { needed, ..report }.into());
             }
         }

@@ -270,8 +270,13 @@ impl Msrs {
             index::AMD_HWCR if !intel => self.amd_hwcr,
             index::AMD_NB_CFG if !intel => self.amd_nb_cfg,
             // Every AMD processor has the four counters (APM vol. 2 13.2.1); these never count.
-            index::AMD_EVENT_SELECT_0..=index::AMD_COUNTER_3 if !intel => 0,
-            index::AMD_INT_PENDING | index::AMD_MMIO_CONF_BASE if !intel => 0,
+            index::AMD_EVENT_SELECT_0..=index::AMD_COUNTER_3
+            | index::AMD_INT_PENDING
+            | index::AMD_MMIO_CONF_BASE
+                if !intel =>
+            {
+                0
+            }
             index::AMD_DE_CFG if !intel => AMD_DE_CFG_LFENCE_SERIALIZES,
             _ if self.in_hardware(number) => {
                 (context.hardware)(number).ok_or(MsrAccess::Unknown)?
