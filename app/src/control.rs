@@ -47,7 +47,7 @@ pub fn cpuid(guest: &mut Guest) {
         leaf,
         subleaf,
         &|| guest.vcpu.control_registers(),
-        guest.machine.msrs().apic_base(),
+        &guest.machine.identity(),
     );
     let registers = guest.vcpu.registers_mut();
     registers.set_u32(Gpr::Rax, result.eax);

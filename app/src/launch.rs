@@ -167,7 +167,7 @@ fn prepare(
             End::new(outcome, format!("{error}"))
         })?;
 
-    host.write(acpi::ADDRESS, &acpi::tables())
+    host.write(acpi::ADDRESS, &acpi::tables(1))
         .map_err(|cause| {
             End::new(
                 Outcome::HostOutOfMemory,
@@ -179,6 +179,7 @@ fn prepare(
     let cpuid = CpuidPolicy::new(&control::host_cpuid, &driver.limits());
     let mut machine = Machine::new(Configuration {
         time_base: TimeBase::new(platform::timestamp(), timestamp::frequency()),
+        processors: 1,
         features: *cpuid.features(),
         console: Box::new(console()),
     });

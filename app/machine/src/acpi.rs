@@ -1,10 +1,11 @@
 //! The ACPI tables that firmware would leave (ACPI 6.3, chapter 5): RSDP, XSDT, FADT, FACS, DSDT and
-//! MADT, for one processor and the devices of this machine.
+//! MADT, for the processors and devices of this machine.
 //!
 //! They lie in the BIOS area, where kernels that are told nothing look for the RSDP, on a 16-byte
 //! boundary between 0xe0000 and 0xfffff. All of them are below 4 GiB, so the FADT's 32-bit fields
 //! and their 64-bit successors hold the same addresses.
 
+use alloc::format;
 use alloc::vec;
 use alloc::vec::Vec;
 
@@ -18,6 +19,7 @@ use acpi_tables::{Aml, aml, facs::FACS};
 use umbra_vcpu::address::Gpa;
 
 use crate::devices::{io_apic, pci, pit, power_management, reset_control, rtc, serial};
+use crate::machine::ProcessorNumber;
 use crate::processor::msr::ApicBase;
 
 /// Where the tables go; the RSDP is first.
@@ -36,15 +38,15 @@ const DSDT_REVISION: u8 = 2;
 const MADT_REVISION: u8 = 5;
 const FADT_MINOR_REVISION: u8 = 3;
 
-/// The tables as one block of bytes for [`ADDRESS`].
-pub fn tables() -> Vec<u8> {
+/// The tables as one block of bytes for [`ADDRESS`], for a machine with so many processors.
+pub fn tables(processors: u8) -> Vec<u8> {
     let mut block = Block::default();
     // The RSDP is first, and knows the XSDT's address only at the end.
     block.push(&vec![0; Rsdp::len()]);
     let facs = block.put(&FACS::new());
-    let dsdt = block.put(&dsdt());
+    let dsdt = block.put(&dsdt(processors));
     let fadt = block.put(&fadt(facs, dsdt));
-    let madt = block.put(&madt());
+    let madt = block.put(&madt(processors));
     let mut xsdt = XSDT::new(OEM, OEM_TABLE, OEM_REVISION);
     xsdt.add_entry(fadt.into());
     xsdt.add_entry(madt.into());
@@ -125,8 +127,8 @@ fn io_register(port: u16, bytes: u8, access: AccessSize) -> GAS {
     GAS::new(AddressSpace::SystemIo, 8 * bytes, 0, access, port.into())
 }
 
-/// Interrupt controllers (5.2.12): one processor, the I/O APIC, and what is wired unlike an ISA bus.
-fn madt() -> impl Aml {
+/// Interrupt controllers (5.2.12): the processors, the I/O APIC, and what is wired unlike an ISA bus.
+fn madt(processors: u8) -> impl Aml {
     /// There is an i8259 pair, too.
     const PC_AT_COMPATIBLE: u32 = 1;
     const HEADER: u32 = 36;
@@ -143,7 +145,10 @@ fn madt() -> impl Aml {
     madt.append_slice(&(ApicBase::RESET_PAGE.as_u64() as u32).to_le_bytes());
     madt.append_slice(&PC_AT_COMPATIBLE.to_le_bytes());
     let mut structures = Vec::new();
-    ProcessorLocalApic::new(0, 0, EnabledStatus::Enabled).to_aml_bytes(&mut structures);
+    for number in ProcessorNumber::first(processors).map(ProcessorNumber::get) {
+        ProcessorLocalApic::new(number, number, EnabledStatus::Enabled)
+            .to_aml_bytes(&mut structures);
+    }
     IoApic::new(0, io_apic::ADDRESS as u32, 0).to_aml_bytes(&mut structures);
     structures.extend_from_slice(&source_override(pit::IRQ, io_apic::TIMER_INPUT, 0));
     structures.extend_from_slice(&source_override(
@@ -178,7 +183,7 @@ fn local_nmi() -> [u8; 6] {
 }
 
 /// The devices that kernels find by name, and the one sleeping state.
-fn dsdt() -> impl Aml {
+fn dsdt(processors: u8) -> impl Aml {
     let mut dsdt = Sdt::new(*b"DSDT", 36, DSDT_REVISION, OEM, OEM_TABLE, OEM_REVISION);
     let mut code = Vec::new();
     let s5 = power_management::SLEEP_TYPE_S5;
@@ -188,9 +193,17 @@ fn dsdt() -> impl Aml {
     )
     .to_aml_bytes(&mut code);
 
-    let processor = aml::Name::new("_HID".into(), &"ACPI0007");
-    let processor_id = aml::Name::new("_UID".into(), &0_u8);
-    let processor = aml::Device::new("CPU0".into(), vec![&processor, &processor_id]);
+    let processor_id = aml::Name::new("_HID".into(), &"ACPI0007");
+    let processor_numbers: Vec<_> = ProcessorNumber::first(processors)
+        .map(|number| (number.get(), aml::Name::new("_UID".into(), &number.get())))
+        .collect();
+    let processors: Vec<_> = processor_numbers
+        .iter()
+        .map(|(number, unique)| {
+            let name = format!("CPU{number}");
+            aml::Device::new(name.as_str().into(), vec![&processor_id, unique])
+        })
+        .collect();
 
     let serial_id = aml::Name::new("_HID".into(), &aml::EISAName::new("PNP0501"));
     let serial_number = aml::Name::new("_UID".into(), &1_u8);
@@ -224,7 +237,8 @@ fn dsdt() -> impl Aml {
     );
     let bus = aml::Device::new("PCI0".into(), vec![&bus_id, &bus_resources]);
 
-    let devices: Vec<&dyn Aml> = vec![&processor, &serial, &clock, &bus];
+    let mut devices: Vec<&dyn Aml> = vec![&serial, &clock, &bus];
+    devices.extend(processors.iter().map(|processor| processor as &dyn Aml));
     aml::Scope::new("_SB_".into(), devices).to_aml_bytes(&mut code);
     dsdt.append_slice(&code);
     dsdt

@@ -10,9 +10,13 @@
 //! | [`time`] | guest time and the time-stamp counter |
 //! | [`access_log`] | counts of accesses to what is not there |
 //!
+//! A machine has 1 to [`ProcessorNumber::LIMIT`] processors. It speaks for the one that it was told to
+//! serve ([`Machine::serve`]), and says which others have to be told of something
+//! ([`Machine::take_kicks`]).
+//!
 //! Protocol: after each exit the run loop tells the machine the time ([`Machine::advance`]), then
 //! carries out the access, then asks for what follows: an end of the guest
-//! ([`Machine::take_shutdown`]), an interrupt ([`Machine::pending_interrupt`], and
+//! ([`Machine::take_shutdown`]), a processor's start ([`Machine::take_startup`]), an interrupt ([`Machine::pending_interrupt`], and
 //! [`Machine::acknowledge_interrupt`] when the guest can take it), and the time at which the machine
 //! needs it again ([`Machine::next_deadline`]). The machine touches no hardware and no guest memory.
 //! Guests are hostile: every port, address, width and value is answered, in bounded memory.
@@ -28,5 +32,8 @@ pub mod machine;
 pub mod processor;
 pub mod time;
 
-pub use machine::{Attention, Configuration, ConsoleOutput, Machine, NoDevice, Shutdown, Timers};
+pub use machine::{
+    Attention, Configuration, ConsoleOutput, Machine, NoDevice, ProcessorNumber, ProcessorSet,
+    Shutdown, Startup, Timers,
+};
 pub use time::{GuestTime, TimeBase};

@@ -4,7 +4,7 @@
 //! i8259 pair, for guests that take it as an external interrupt.
 
 use super::Level;
-use super::local_apic::{Destination, Message, Trigger};
+use super::local_apic::{Destination, Message, Trigger, delivery};
 
 /// The first byte of the register page.
 pub const ADDRESS: u64 = 0xfec0_0000;
@@ -35,10 +35,7 @@ const DELIVERY_STATUS: u64 = 1 << 12;
 const LOGICAL: u64 = 1 << 11;
 const WRITABLE: u64 = 0xff00_0000_0001_afff;
 
-const EXT_INT: u32 = 7;
-/// This delivery mode and the one below, fixed, send a vector.
-const LOWEST_PRIORITY: u32 = 1;
-/// The physical destination that means every processor.
+/// The destination, physical or logical, that means every processor.
 const BROADCAST: u32 = 0xff;
 
 /// The messages that one access or line change sends: one for each input at most.
@@ -89,13 +86,15 @@ impl IoApic {
     pub fn vector(&self, input: usize) -> Option<u8> {
         let entry = *self.table.get(input)?;
         let delivery = (entry >> 8 & 7) as u32;
-        (entry & MASKED == 0 && delivery <= LOWEST_PRIORITY).then_some(entry as u8)
+        let sends_vector = matches!(delivery, delivery::FIXED | delivery::LOWEST_PRIORITY);
+        (entry & MASKED == 0 && sends_vector).then_some(entry as u8)
     }
 
-    /// Whether input 0 passes the i8259 pair's interrupts on.
-    pub const fn passes_ext_int(&self) -> bool {
-        let entry = self.table[0];
-        entry & MASKED == 0 && (entry >> 8 & 7) as u32 == EXT_INT
+    /// To whom input 0 passes the i8259 pair's interrupts on, if it does.
+    pub fn external_interrupt(&self) -> Option<Destination> {
+        let message = message(self.table[0]);
+        let passes = self.is_unmasked(0) && message.delivery == delivery::EXTERNAL;
+        passes.then_some(message.destination)
     }
 
     /// A level-triggered interrupt with `vector` has ended; returns what is sent again.
@@ -199,10 +198,10 @@ const fn message(entry: u64) -> Message {
         } else {
             Trigger::Edge
         },
-        destination: if entry & LOGICAL != 0 {
-            Destination::Logical(address)
-        } else if address == BROADCAST {
+        destination: if address == BROADCAST {
             Destination::All
+        } else if entry & LOGICAL != 0 {
+            Destination::Logical(address)
         } else {
             Destination::Physical(address)
         },

@@ -1,16 +1,17 @@
 //! The local APIC in xAPIC and x2APIC mode, with its timer (SDM vol. 3A chapter 11).
 //!
-//! One processor, ID 0. Messages to other processors go nowhere. The timer counts 1 GHz before its
-//! divider. Firmware has left the virtual wire: LINT0 passes the i8259 pair's interrupts on, LINT1 is
-//! the NMI, and the APIC's software enable is off.
+//! Its ID is the number of its processor. A message that it sends is returned to the machine, which
+//! gives it to its receivers. The timer counts 1 GHz before its divider. Firmware has left the first
+//! processor the virtual wire: LINT0 passes the i8259 pair's interrupts on, LINT1 is the NMI, and the
+//! APIC's software enable is off.
 
+use crate::machine::ProcessorNumber;
 use crate::processor::msr::ApicMode;
 use crate::time::GuestTime;
 
 /// The size of the register page in bytes.
 pub const SIZE: u64 = 0x1000;
 
-const ID: u32 = 0;
 /// Version 0x14 with six local vector table entries.
 const VERSION: u32 = 5 << 16 | 0x14;
 const SPURIOUS_WRITABLE: u32 = 0x3ff;
@@ -18,15 +19,19 @@ const SOFTWARE_ENABLE: u32 = 1 << 8;
 const ICR_WRITABLE: u32 = 0x000c_cfff;
 
 const LVT_MASKED: u32 = 1 << 16;
-const DELIVERY_FIXED: u32 = 0;
-const DELIVERY_LOWEST: u32 = 1;
-const DELIVERY_NMI: u32 = 4;
-const DELIVERY_INIT: u32 = 5;
-const DELIVERY_EXT_INT: u32 = 7;
-
 const ERROR_SEND_ILLEGAL_VECTOR: u32 = 1 << 5;
 const ERROR_RECEIVE_ILLEGAL_VECTOR: u32 = 1 << 6;
 const ERROR_ILLEGAL_REGISTER: u32 = 1 << 7;
+
+/// Delivery modes: how a message or an event of the local vector table is taken.
+pub(crate) mod delivery {
+    pub const FIXED: u32 = 0;
+    pub const LOWEST_PRIORITY: u32 = 1;
+    pub const NMI: u32 = 4;
+    pub const INIT: u32 = 5;
+    pub const START_UP: u32 = 6;
+    pub const EXTERNAL: u32 = 7;
+}
 
 /// Register numbers: the offset in the page divided by 16, and the MSR number less 0x800.
 mod register {
@@ -112,6 +117,8 @@ pub enum Destination {
 pub enum ApicEffect {
     /// Nothing.
     None,
+    /// This message is to be sent.
+    Send(Message),
     /// A level-triggered interrupt with this vector has ended: tell the I/O APIC.
     EndOfLevel(u8),
 }
@@ -169,6 +176,7 @@ enum TimerMode {
 /// The local APIC.
 #[derive(Clone, Debug)]
 pub struct LocalApic {
+    number: ProcessorNumber,
     mode: ApicMode,
     task_priority: u8,
     logical_destination: u32,
@@ -191,21 +199,22 @@ pub struct LocalApic {
     tsc_deadline: u64,
     now: GuestTime,
     nmi: bool,
-    init: bool,
-}
-
-impl Default for LocalApic {
-    fn default() -> Self {
-        let mut apic = Self::reset(ApicMode::XApic);
-        apic.lvt[lvt::LINT0] = DELIVERY_EXT_INT << 8;
-        apic.lvt[lvt::LINT1] = DELIVERY_NMI << 8;
-        apic
-    }
 }
 
 impl LocalApic {
-    const fn reset(mode: ApicMode) -> Self {
+    /// The local APIC of a processor as firmware leaves it.
+    pub fn new(number: ProcessorNumber) -> Self {
+        let mut apic = Self::reset(number, ApicMode::XApic);
+        if number == ProcessorNumber::BOOT {
+            apic.lvt[lvt::LINT0] = delivery::EXTERNAL << 8;
+            apic.lvt[lvt::LINT1] = delivery::NMI << 8;
+        }
+        apic
+    }
+
+    const fn reset(number: ProcessorNumber, mode: ApicMode) -> Self {
         Self {
+            number,
             mode,
             task_priority: 0,
             logical_destination: 0,
@@ -225,7 +234,6 @@ impl LocalApic {
             tsc_deadline: 0,
             now: GuestTime::START,
             nmi: false,
-            init: false,
         }
     }
 
@@ -234,15 +242,31 @@ impl LocalApic {
         if mode == ApicMode::Disabled && self.mode != mode {
             *self = Self {
                 now: self.now,
-                ..Self::reset(mode)
+                ..Self::reset(self.number, mode)
             };
         }
         if mode == ApicMode::X2Apic {
             // The ID in use has a fixed logical address (SDM vol. 3A 11.12.10.2).
-            self.logical_destination = ID >> 4 << 16 | 1 << (ID & 0xf);
+            let id = self.id();
+            self.logical_destination = id >> 4 << 16 | 1 << (id & 0xf);
             self.command &= 0xffff_ffff;
         }
         self.mode = mode;
+    }
+
+    /// INIT: all registers take their first values, the mode stays (SDM vol. 3A 11.4.7.3,
+    /// 11.12.5.1).
+    pub fn initialize(&mut self) {
+        let mode = self.mode;
+        *self = Self {
+            now: self.now,
+            ..Self::reset(self.number, mode)
+        };
+        self.set_mode(mode);
+    }
+
+    const fn id(&self) -> u32 {
+        self.number.get() as u32
     }
 
     /// Lets time pass up to `now`.
@@ -275,12 +299,12 @@ impl LocalApic {
     /// Whether the i8259 pair's output passes through LINT0.
     pub const fn passes_ext_int(&self) -> bool {
         let lint0 = self.lvt[lvt::LINT0];
-        lint0 & LVT_MASKED == 0 && lint0 >> 8 & 7 == DELIVERY_EXT_INT
+        lint0 & LVT_MASKED == 0 && lint0 >> 8 & 7 == delivery::EXTERNAL
     }
 
     /// The vector that the processor would be given now.
     pub fn pending(&self) -> Option<u8> {
-        if self.mode == ApicMode::Disabled || self.spurious & SOFTWARE_ENABLE == 0 {
+        if !self.accepts_interrupts() {
             return None;
         }
         let vector = self.requests.highest()?;
@@ -310,9 +334,9 @@ impl LocalApic {
         core::mem::take(&mut self.nmi)
     }
 
-    /// Whether an INIT came since the last call.
-    pub fn take_init(&mut self) -> bool {
-        core::mem::take(&mut self.init)
+    /// Whether software has enabled it, so that it takes vectors.
+    pub fn accepts_interrupts(&self) -> bool {
+        self.mode != ApicMode::Disabled && self.spurious & SOFTWARE_ENABLE != 0
     }
 
     /// CR8: the upper half of the task priority.
@@ -341,19 +365,14 @@ impl LocalApic {
         self.advance(self.now);
     }
 
-    /// Takes a message if it is for this local APIC.
+    /// Takes a message that is for this local APIC. INIT and start-up are the processor's.
     pub fn receive(&mut self, message: &Message) {
-        if self.mode == ApicMode::Disabled || !self.is_destination(message.destination) {
-            return;
-        }
         match message.delivery {
-            DELIVERY_FIXED | DELIVERY_LOWEST if self.spurious & SOFTWARE_ENABLE != 0 => {
+            delivery::FIXED | delivery::LOWEST_PRIORITY if self.accepts_interrupts() => {
                 self.request(message.vector, message.trigger);
             }
-            DELIVERY_NMI => self.nmi = true,
-            DELIVERY_INIT => self.init = true,
-            // SMI is the firmware's, start-up is for a processor that waits for it, and
-            // external interrupts come by their own wire.
+            delivery::NMI if self.mode != ApicMode::Disabled => self.nmi = true,
+            // SMI is the firmware's, and external interrupts come by their own wire.
             _ => {}
         }
     }
@@ -407,7 +426,7 @@ impl LocalApic {
             | register::SELF_IPI
             | register::ARBITRATION_PRIORITY
             | register::REMOTE_READ => Err(InvalidAccess),
-            register::ID => Ok(ID.into()),
+            register::ID => Ok(self.id().into()),
             _ => self.read(number).map(u64::from).ok_or(InvalidAccess),
         }
     }
@@ -436,8 +455,7 @@ impl LocalApic {
         match number {
             register::COMMAND => {
                 self.command = value;
-                self.send();
-                Ok(ApicEffect::None)
+                Ok(self.send())
             }
             register::SELF_IPI => {
                 self.request(value as u8, Trigger::Edge);
@@ -449,7 +467,7 @@ impl LocalApic {
 
     fn read_x(&mut self, number: u16) -> u32 {
         match number {
-            register::ID => ID << 24,
+            register::ID => self.id() << 24,
             register::COMMAND => self.command as u32,
             register::COMMAND_HIGH => (self.command >> 32) as u32,
             register::DESTINATION_FORMAT => self.destination_format,
@@ -468,7 +486,7 @@ impl LocalApic {
             register::DESTINATION_FORMAT => self.destination_format = value | 0x0fff_ffff,
             register::COMMAND => {
                 self.command = self.command & !0xffff_ffff | u64::from(value & ICR_WRITABLE);
-                self.send();
+                return self.send();
             }
             register::COMMAND_HIGH => {
                 self.command = self.command & 0xffff_ffff | u64::from(value & 0xff00_0000) << 32;
@@ -590,7 +608,8 @@ impl LocalApic {
         }
     }
 
-    fn processor_priority(&self) -> u8 {
+    /// The priority of what the processor does: the upper half is its class.
+    pub fn processor_priority(&self) -> u8 {
         let served = self.in_service.highest().unwrap_or(0);
         if self.task_priority >> 4 >= served >> 4 {
             self.task_priority
@@ -629,50 +648,49 @@ impl LocalApic {
     }
 
     /// Carries out the interrupt command.
-    fn send(&mut self) {
+    fn send(&mut self) -> ApicEffect {
         let command = self.command as u32;
         let delivery = command >> 8 & 7;
         let asserts = command & 1 << 14 != 0;
         let level = command & 1 << 15 != 0;
-        if delivery == DELIVERY_INIT && level && !asserts {
+        if delivery == delivery::INIT && level && !asserts {
             // The de-assertion of INIT does nothing since the Pentium 4.
-            return;
+            return ApicEffect::None;
         }
         let vector = command as u8;
-        if matches!(delivery, DELIVERY_FIXED | DELIVERY_LOWEST) && vector < 16 {
+        if matches!(delivery, delivery::FIXED | delivery::LOWEST_PRIORITY) && vector < 16 {
             self.raise_error(ERROR_SEND_ILLEGAL_VECTOR);
-            return;
+            return ApicEffect::None;
         }
-        let address = match self.mode {
-            ApicMode::X2Apic => (self.command >> 32) as u32,
-            ApicMode::XApic | ApicMode::Disabled => (self.command >> 56) as u32,
+        let (address, broadcast) = match self.mode {
+            ApicMode::X2Apic => ((self.command >> 32) as u32, u32::MAX),
+            ApicMode::XApic | ApicMode::Disabled => ((self.command >> 56) as u32, 0xff),
         };
         let destination = match command >> 18 & 3 {
             1 => Destination::Myself,
             2 => Destination::All,
             3 => Destination::Others,
+            _ if address == broadcast => Destination::All,
             _ if command & 1 << 11 != 0 => Destination::Logical(address),
             _ => Destination::Physical(address),
         };
-        self.receive(&Message {
+        ApicEffect::Send(Message {
             vector,
             delivery,
             // IPIs are edges whatever the bit says.
             trigger: Trigger::Edge,
             destination,
-        });
+        })
     }
 
-    fn is_destination(&self, destination: Destination) -> bool {
-        let x2apic = self.mode == ApicMode::X2Apic;
+    /// Whether an address, physical or logical, is this local APIC's.
+    pub fn is_addressed(&self, destination: Destination) -> bool {
         match destination {
-            Destination::Myself | Destination::All => true,
-            Destination::Others => false,
-            Destination::Physical(id) => id == ID || id == if x2apic { u32::MAX } else { 0xff },
-            Destination::Logical(address) if x2apic => {
-                address == u32::MAX
-                    || address >> 16 == self.logical_destination >> 16
-                        && address & self.logical_destination & 0xffff != 0
+            Destination::Myself | Destination::All | Destination::Others => false,
+            Destination::Physical(id) => id == self.id(),
+            Destination::Logical(address) if self.mode == ApicMode::X2Apic => {
+                address >> 16 == self.logical_destination >> 16
+                    && address & self.logical_destination & 0xffff != 0
             }
             Destination::Logical(address) => {
                 let own = self.logical_destination >> 24;

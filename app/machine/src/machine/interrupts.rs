@@ -4,10 +4,10 @@
 //! masked takes it. The pair's output reaches the processor through LINT0 of the local APIC or input 0
 //! of the I/O APIC, and straight if the local APIC is disabled.
 
-use super::{Attention, Machine, Shutdown, Timers};
-use crate::devices::{
-    Level, io_apic, local_apic, pic, pit, power_management, rtc, serial, test_device,
-};
+use super::processors::{Processor, Reception};
+use super::{Attention, Machine, ProcessorNumber, ProcessorSet, Shutdown};
+use crate::devices::local_apic::{Destination, Message, delivery};
+use crate::devices::{Level, io_apic, pic, pit, power_management, rtc, serial, test_device};
 use crate::processor::msr::ApicMode;
 use crate::time::GuestTime;
 
@@ -15,12 +15,14 @@ impl Machine {
     /// Lets time pass up to `now`; an earlier time than the last is that of the last.
     pub fn advance(&mut self, now: GuestTime) {
         self.now = self.now.max(now);
-        self.timers = Timers::Touched;
+        self.touch_timers();
         self.pit.advance(self.now);
         self.pit_output = self.pit.output();
         self.rtc.advance(self.now);
         self.power_management.advance(self.now);
-        self.local_apic.advance(self.now);
+        for processor in &mut self.processors {
+            processor.local_apic.advance(self.now);
+        }
         self.update_lines();
     }
 
@@ -39,24 +41,30 @@ impl Machine {
             .power_management
             .next_deadline()
             .filter(|_| self.is_unmasked(power_management::IRQ));
-        let local = self.local_apic.next_deadline();
-        [pit, rtc, power_management, local]
+        let local = self.processors.iter();
+        let local = local.filter_map(|processor| processor.local_apic.next_deadline());
+        [pit, rtc, power_management]
             .into_iter()
             .flatten()
+            .chain(local)
             .min()
     }
 
-    /// Whether an interrupt waits for the guest.
-    pub const fn pending_interrupt(&self) -> bool {
-        self.interrupt_pending
+    /// Whether an interrupt waits for the served processor.
+    #[inline]
+    pub fn pending_interrupt(&self) -> bool {
+        self.processor().interrupt_pending
     }
 
     /// Hands the interrupt over: the vector that the guest takes now.
     pub fn acknowledge_interrupt(&mut self) -> Option<u8> {
-        let vector = if self.external_interrupt() {
+        if self.processor().waits_for_startup() {
+            return None;
+        }
+        let vector = if self.external_interrupt(self.processor()) {
             Some(self.pic.acknowledge())
         } else {
-            self.local_apic.acknowledge()
+            self.processor_mut().local_apic.acknowledge()
         };
         self.update_controllers();
         vector
@@ -64,7 +72,7 @@ impl Machine {
 
     /// Whether a non-maskable interrupt came since the last call.
     pub fn take_nmi(&mut self) -> bool {
-        let nmi = self.local_apic.take_nmi();
+        let nmi = self.processor_mut().local_apic.take_nmi();
         if nmi {
             self.update_attention();
         }
@@ -72,28 +80,56 @@ impl Machine {
     }
 
     /// CR8 as the guest reads it: the local APIC's task priority.
-    pub const fn task_priority(&self) -> u64 {
-        self.local_apic.task_priority_class() as u64
+    pub fn task_priority(&self) -> u64 {
+        self.processor().local_apic.task_priority_class().into()
     }
 
     /// MOV to CR8; bits above the fourth were refused before.
     pub fn set_task_priority(&mut self, cr8: u64) {
-        self.local_apic.set_task_priority_class((cr8 & 0xf) as u8);
+        self.processor_mut()
+            .local_apic
+            .set_task_priority_class((cr8 & 0xf) as u8);
         self.update_attention();
     }
 
-    /// Finds out anew whether anything waits for the run loop. Whatever can change that ends here.
+    /// Finds out anew whether anything waits for the run loop of the served processor, after what can
+    /// have changed that for no other.
     pub(super) fn update_attention(&mut self) {
-        self.interrupt_pending = self.external_interrupt() || self.local_apic.pending().is_some();
-        let wanted = self.interrupt_pending || self.shutdown.is_some() || self.local_apic.has_nmi();
-        self.attention = if wanted {
+        self.update_attention_of(self.served);
+    }
+
+    /// Finds out anew for which processors anything waits. Whatever can change that for more than the
+    /// served one ends here.
+    pub(super) fn update_processors(&mut self) {
+        for number in ProcessorNumber::first(self.processors()) {
+            let before = self.processors[number.index()].attention;
+            let after = self.update_attention_of(number);
+            if number != self.served && (before, after) == (Attention::NotWanted, Attention::Wanted)
+            {
+                self.kicks.insert(number);
+            }
+        }
+    }
+
+    fn update_attention_of(&mut self, number: ProcessorNumber) -> Attention {
+        let processor = &self.processors[number.index()];
+        let waits = processor.waits_for_startup();
+        let pending = !waits
+            && (self.external_interrupt(processor) || processor.local_apic.pending().is_some());
+        let nmi = !waits && processor.local_apic.has_nmi();
+        let wanted = pending || nmi || processor.has_startup() || self.shutdown.is_some();
+        let attention = if wanted {
             Attention::Wanted
         } else {
             Attention::NotWanted
         };
+        let processor = &mut self.processors[number.index()];
+        processor.interrupt_pending = pending;
+        processor.attention = attention;
+        attention
     }
 
-    /// Carries the devices' outputs to the interrupt controllers, and theirs to the processor.
+    /// Carries the devices' outputs to the interrupt controllers, and theirs to the processors.
     pub(super) fn update_lines(&mut self) {
         self.deliver_tick();
         for (irq, level) in [
@@ -109,22 +145,14 @@ impl Machine {
             }
         }
         self.update_test_lines();
-        self.update_processor();
+        self.update_processors();
     }
 
-    /// Carries the interrupt controllers' outputs to the processor: all there is to do after an access
+    /// Carries the interrupt controllers' outputs to the processors: all there is to do after an access
     /// to one of them, which changes no device's output.
     pub(super) fn update_controllers(&mut self) {
         self.deliver_tick();
-        self.update_processor();
-    }
-
-    fn update_processor(&mut self) {
-        if self.local_apic.take_init() {
-            // Nobody could start the only processor again.
-            self.end(Some(Shutdown::Reset));
-        }
-        self.update_attention();
+        self.update_processors();
     }
 
     fn test_line(&self, irq: u8) -> Level {
@@ -164,19 +192,56 @@ impl Machine {
         self.set_line(pit::IRQ, Level::High);
     }
 
-    /// Whether the processor has not yet taken the interval timer's last interrupt.
+    /// Whether no processor has yet taken the interval timer's last interrupt.
     fn is_tick_waiting(&self) -> bool {
         let at_pic = self.pic.is_unmasked(pit::IRQ)
             && self.is_pic_wired()
             && self.pic.is_requested(pit::IRQ);
         let vector = self.io_apic.vector(io_apic_input(pit::IRQ));
-        at_pic || vector.is_some_and(|vector| self.local_apic.is_requested(vector))
+        let at_apic = |vector| {
+            let mut processors = self.processors.iter();
+            processors.any(|processor| processor.local_apic.is_requested(vector))
+        };
+        at_pic || vector.is_some_and(at_apic)
     }
 
-    pub(super) fn send(&mut self, message: Option<local_apic::Message>) {
-        if let Some(message) = message {
-            self.local_apic.receive(&message);
+    pub(super) fn send(&mut self, message: Option<Message>) {
+        let Some(message) = message else {
+            return;
+        };
+        for number in self.receivers(&message).iter() {
+            let reception = self.processors[number.index()].receive(&message);
+            if number == ProcessorNumber::BOOT && message.delivery == delivery::INIT {
+                // It would begin at the reset vector.
+                self.shutdown = self.shutdown.or(Some(Shutdown::Reset));
+            }
+            if reception == Reception::Urgent && number != self.served {
+                self.kicks.insert(number);
+            }
         }
+    }
+
+    /// Whom a message reaches. The served processor is the sender, if one is.
+    fn receivers(&self, message: &Message) -> ProcessorSet {
+        let is_receiver = |processor: &&Processor| match message.destination {
+            Destination::All => true,
+            Destination::Myself => processor.number == self.served,
+            Destination::Others => processor.number != self.served,
+            Destination::Physical(_) | Destination::Logical(_) => {
+                processor.local_apic.is_addressed(message.destination)
+            }
+        };
+        let receivers = self.processors.iter().filter(is_receiver);
+        if message.delivery == delivery::LOWEST_PRIORITY {
+            let least_busy = receivers
+                .filter(|processor| processor.local_apic.accepts_interrupts())
+                .min_by_key(|processor| processor.local_apic.processor_priority());
+            return least_busy
+                .map(|processor| processor.number)
+                .into_iter()
+                .collect();
+        }
+        receivers.map(|processor| processor.number).collect()
     }
 
     fn set_line(&mut self, irq: u8, level: Level) {
@@ -191,22 +256,31 @@ impl Machine {
         self.send(message);
     }
 
-    /// Whether a line can interrupt the processor by either way.
+    /// Whether a line can interrupt a processor by either way.
     fn is_unmasked(&self, irq: u8) -> bool {
         self.pic.is_unmasked(irq) && self.is_pic_wired()
             || self.io_apic.is_unmasked(io_apic_input(irq))
     }
 
-    /// Whether the i8259 pair's request reaches the processor.
-    fn external_interrupt(&self) -> bool {
-        self.pic.is_pending() && self.is_pic_wired()
+    /// Whether the i8259 pair's request reaches this processor.
+    fn external_interrupt(&self, processor: &Processor) -> bool {
+        self.pic.is_pending() && self.is_pic_wired_to(processor)
     }
 
-    /// Whether the i8259 pair's output is connected to the processor.
+    /// Whether the i8259 pair's output is connected to any processor.
     fn is_pic_wired(&self) -> bool {
-        self.msrs.apic_base().mode() == ApicMode::Disabled
-            || self.local_apic.passes_ext_int()
-            || self.io_apic.passes_ext_int()
+        let mut processors = self.processors.iter();
+        processors.any(|processor| self.is_pic_wired_to(processor))
+    }
+
+    /// Whether the i8259 pair's output is connected to this processor.
+    fn is_pic_wired_to(&self, processor: &Processor) -> bool {
+        let apic = &processor.local_apic;
+        processor.msrs.apic_base().mode() == ApicMode::Disabled
+            || apic.passes_ext_int()
+            || (self.io_apic.external_interrupt()).is_some_and(|destination| {
+                destination == Destination::All || apic.is_addressed(destination)
+            })
     }
 }
 

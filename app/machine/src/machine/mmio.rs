@@ -3,7 +3,7 @@
 
 use umbra_vcpu::address::Gpa;
 
-use super::{Machine, NoDevice, Timers};
+use super::{Machine, NoDevice};
 use crate::access_log::Sighting;
 use crate::devices::local_apic::{ApicEffect, LocalApic};
 use crate::devices::{io_apic, test_device};
@@ -31,7 +31,9 @@ impl Machine {
         let inside = inside_page(address, bytes.len());
         match device {
             MemoryDevice::LocalApic(offset) => {
-                self.local_apic.read_memory(offset, &mut bytes[..inside]);
+                self.processor_mut()
+                    .local_apic
+                    .read_memory(offset, &mut bytes[..inside]);
                 self.update_attention();
             }
             MemoryDevice::IoApic(offset) => {
@@ -49,7 +51,7 @@ impl Machine {
     /// Whether an access at `address` depends on the time, so that the machine must be advanced
     /// before it.
     pub fn tells_time_at(&self, address: Gpa) -> bool {
-        address.page_base() == self.msrs.apic_base().page()
+        address.page_base() == self.msrs().apic_base().page()
             && LocalApic::tells_time((address.page_offset() >> 4) as u16)
     }
 
@@ -63,13 +65,13 @@ impl Machine {
         match device {
             MemoryDevice::LocalApic(offset) => {
                 if LocalApic::tells_time((offset >> 4) as u16) {
-                    self.timers = Timers::Touched;
+                    self.touch_timers();
                 }
-                let effect = self.local_apic.write_memory(offset, bytes);
+                let effect = self.processor_mut().local_apic.write_memory(offset, bytes);
                 self.apply(effect);
             }
             MemoryDevice::IoApic(offset) => {
-                self.timers = Timers::Touched;
+                self.touch_timers();
                 let message = self.io_apic.write_memory(offset, bytes);
                 self.send(message);
             }
@@ -87,6 +89,7 @@ impl Machine {
     pub(super) fn apply(&mut self, effect: ApicEffect) {
         match effect {
             ApicEffect::None => {}
+            ApicEffect::Send(message) => self.send(Some(message)),
             ApicEffect::EndOfLevel(vector) => {
                 for message in self.io_apic.end_of_interrupt(vector) {
                     self.send(message);
@@ -97,7 +100,7 @@ impl Machine {
 
     fn memory_device(&mut self, address: Gpa) -> Result<MemoryDevice, NoDevice> {
         let offset = address.page_offset();
-        let apic_base = self.msrs.apic_base();
+        let apic_base = self.msrs().apic_base();
         if address.page_base() == apic_base.page() && apic_base.mode() == ApicMode::XApic {
             return Ok(MemoryDevice::LocalApic(offset));
         }

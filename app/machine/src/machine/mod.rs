@@ -4,19 +4,23 @@
 //! where nobody answers, reads float to all ones and writes vanish.
 
 use alloc::boxed::Box;
+use alloc::vec::Vec;
 
 mod interrupts;
 mod mmio;
+mod processors;
 mod registers;
 
 use umbra_vcpu::address::Gpa;
 use umbra_vcpu::exit::IoWidth;
 
+use self::processors::Processor;
+pub use self::processors::{ProcessorNumber, ProcessorSet, Startup};
+
 use crate::access_log::{AccessLog, Sighting};
 use crate::devices::fw_cfg::{self, FwCfg};
 use crate::devices::io_apic::IoApic;
 use crate::devices::keyboard::{self, KeyboardReset};
-use crate::devices::local_apic::LocalApic;
 use crate::devices::pci::{self, PciConfiguration};
 use crate::devices::pic::{self, Pic};
 use crate::devices::pit::{self, Pit};
@@ -26,9 +30,10 @@ use crate::devices::rtc::{self, Rtc};
 use crate::devices::serial::{self, Serial};
 use crate::devices::test_device::{self, Effect, TestDevice};
 use crate::devices::{Level, debug_exit};
+use crate::processor::cpuid::Identity;
 use crate::processor::features::GuestFeatures;
 use crate::processor::msr::Msrs;
-use crate::processor::paravirtual::{MemoryWrite, Paravirtual};
+use crate::processor::paravirtual::MemoryWrite;
 use crate::time::{GuestTime, TimeBase};
 
 /// Where the guest's serial output goes.
@@ -59,22 +64,26 @@ pub struct NoDevice;
 pub struct Configuration {
     /// The relation of guest time to the host's time-stamp counter.
     pub time_base: TimeBase,
-    /// The guest's processor.
+    /// How many processors the guest has: 1 to [`ProcessorNumber::LIMIT`], and no others.
+    pub processors: u8,
+    /// What each of them can do.
     pub features: GuestFeatures,
     /// Where serial output goes.
     pub console: Box<dyn ConsoleOutput + Send>,
 }
 
-/// All devices of one guest.
+/// All devices of one guest. What is a processor's own is that of the processor which it serves.
 pub struct Machine {
     now: GuestTime,
     time_base: TimeBase,
     console: Box<dyn ConsoleOutput + Send>,
     shutdown: Option<Shutdown>,
-    msrs: Msrs,
-    paravirtual: Paravirtual,
+    processors: Vec<Processor>,
+    /// Whose exit is being handled: one of `processors`.
+    served: ProcessorNumber,
+    /// Whom something has come for that they do not know of.
+    kicks: ProcessorSet,
     pic: Pic,
-    local_apic: LocalApic,
     io_apic: IoApic,
     serial: Serial,
     pit: Pit,
@@ -90,9 +99,6 @@ pub struct Machine {
     pit_output: Level,
     /// The ISA lines that are high at the interrupt controllers, one bit each.
     high_lines: u16,
-    interrupt_pending: bool,
-    attention: Attention,
-    timers: Timers,
     unknown_ports: AccessLog<u16>,
     unknown_addresses: AccessLog<Gpa>,
     unknown_msrs: AccessLog<u32>,
@@ -161,6 +167,7 @@ impl Machine {
     pub fn new(configuration: Configuration) -> Self {
         let Configuration {
             time_base,
+            processors,
             features,
             console,
         } = configuration;
@@ -171,10 +178,12 @@ impl Machine {
             time_base,
             console,
             shutdown: None,
-            msrs: Msrs::new(features, tsc_offset),
-            paravirtual: Paravirtual::default(),
+            processors: ProcessorNumber::first(processors.max(1))
+                .map(|number| Processor::new(number, features, tsc_offset))
+                .collect(),
+            served: ProcessorNumber::BOOT,
+            kicks: ProcessorSet::EMPTY,
             pic: Pic::default(),
-            local_apic: LocalApic::default(),
             io_apic: IoApic::default(),
             serial: Serial::new(),
             pit: Pit::default(),
@@ -188,9 +197,6 @@ impl Machine {
             page_flush: None,
             pit_output: Pit::default().output(),
             high_lines: 0,
-            interrupt_pending: false,
-            attention: Attention::NotWanted,
-            timers: Timers::Touched,
             unknown_ports: AccessLog::new(),
             unknown_addresses: AccessLog::new(),
             unknown_msrs: AccessLog::new(),
@@ -199,7 +205,9 @@ impl Machine {
 
     /// Sets the clock: `unix_time`, in seconds since 1970-01-01 UTC, was when the machine started.
     pub fn set_wall_clock(&mut self, unix_time: u64) {
-        self.paravirtual.set_start(unix_time);
+        for processor in &mut self.processors {
+            processor.paravirtual.set_start(unix_time);
+        }
         self.rtc = Rtc::new(unix_time);
         self.rtc.advance(self.now);
     }
@@ -227,28 +235,70 @@ impl Machine {
     /// What a device writes to the guest's memory of itself, if anything waits. To be asked until
     /// nothing is left, after each access to a model-specific register.
     pub fn take_memory_write(&mut self) -> Option<MemoryWrite> {
-        let offset = self.msrs.tsc_offset();
-        self.paravirtual
-            .take_write(&self.time_base, self.now, offset)
+        let (time_base, now) = (self.time_base, self.now);
+        let processor = self.processor_mut();
+        let offset = processor.msrs.tsc_offset();
+        processor.paravirtual.take_write(&time_base, now, offset)
     }
 
     /// How the guest ended itself, if it did since the last call.
     pub fn take_shutdown(&mut self) -> Option<Shutdown> {
         let shutdown = self.shutdown.take()?;
-        self.update_attention();
+        self.update_processors();
         Some(shutdown)
     }
 
-    /// Whether anything waits for the run loop. Asking costs nothing.
+    /// Speaks for this processor from now on.
+    ///
+    /// # Panics
+    /// If the machine has no such processor.
     #[inline]
-    pub const fn attention(&self) -> Attention {
-        self.attention
+    pub fn serve(&mut self, number: ProcessorNumber) {
+        assert!(number.index() < self.processors.len());
+        self.served = number;
     }
 
-    /// Whether the next deadline may have changed since the last call.
+    /// How many processors there are.
+    pub fn processors(&self) -> u8 {
+        self.processors.len() as u8
+    }
+
+    /// What CPUID tells the served processor of itself.
+    pub fn identity(&self) -> Identity {
+        self.processor().identity(self.processors())
+    }
+
+    /// Whether the served processor waits until another starts it. It executes nothing then.
+    pub fn waits_for_startup(&self) -> bool {
+        self.processor().waits_for_startup()
+    }
+
+    /// What starts or stops the served processor, if anything does: to be asked until nothing is
+    /// left. An INIT for the first processor is a reset of the machine, see
+    /// [`Machine::take_shutdown`], and nothing here.
+    pub fn take_startup(&mut self) -> Option<Startup> {
+        let startup = self.processor_mut().take_startup()?;
+        self.update_attention();
+        Some(startup)
+    }
+
+    /// The processors besides the served one for which something has come since the last call: they
+    /// must see it before they enter the guest again, and leave it if they are inside.
     #[inline]
-    pub const fn take_timers(&mut self) -> Timers {
-        core::mem::replace(&mut self.timers, Timers::Untouched)
+    pub const fn take_kicks(&mut self) -> ProcessorSet {
+        core::mem::replace(&mut self.kicks, ProcessorSet::EMPTY)
+    }
+
+    /// Whether anything waits for the run loop of the served processor. Asking costs nothing.
+    #[inline]
+    pub fn attention(&self) -> Attention {
+        self.processor().attention
+    }
+
+    /// Whether the next deadline may have changed since the last call for the served processor.
+    #[inline]
+    pub fn take_timers(&mut self) -> Timers {
+        core::mem::replace(&mut self.processor_mut().timers, Timers::Untouched)
     }
 
     /// Whether an access to `width` at `port` depends on the time, so that the machine must be
@@ -367,8 +417,8 @@ impl Machine {
     }
 
     /// The model-specific registers that software keeps.
-    pub const fn msrs(&self) -> &Msrs {
-        &self.msrs
+    pub fn msrs(&self) -> &Msrs {
+        &self.processor().msrs
     }
 
     /// The relation of guest time to the host's time-stamp counter.
@@ -399,7 +449,7 @@ impl Machine {
             // The index cannot be read.
             PortDevice::Rtc if port == rtc::DATA_PORT => {
                 // Reading the flags clears them.
-                self.timers = Timers::Touched;
+                self.touch_timers();
                 self.rtc.read()
             }
             PortDevice::PowerManagement => self.power_management.read(port),
@@ -420,22 +470,22 @@ impl Machine {
                 let masks = self.pic.masks();
                 self.pic.write(port, value);
                 if self.pic.masks() != masks {
-                    self.timers = Timers::Touched;
+                    self.touch_timers();
                 }
             }
             PortDevice::Pit => {
-                self.timers = Timers::Touched;
+                self.touch_timers();
                 self.pit.write(port, value);
                 self.pit_output = self.pit.output();
             }
             PortDevice::SystemControl => self.pit.write_system_control(value),
             PortDevice::Rtc if port == rtc::INDEX_PORT => self.rtc.select(value),
             PortDevice::Rtc => {
-                self.timers = Timers::Touched;
+                self.touch_timers();
                 self.rtc.write(value);
             }
             PortDevice::PowerManagement => {
-                self.timers = Timers::Touched;
+                self.touch_timers();
                 let shutdown = self.power_management.write(port, value);
                 self.end(shutdown);
             }
@@ -485,7 +535,24 @@ impl Machine {
     /// Remembers the first way in which the guest ended itself.
     fn end(&mut self, shutdown: Option<Shutdown>) {
         self.shutdown = self.shutdown.or(shutdown);
-        self.update_attention();
+        self.update_processors();
+    }
+
+    #[inline]
+    fn processor(&self) -> &Processor {
+        &self.processors[self.served.index()]
+    }
+
+    #[inline]
+    fn processor_mut(&mut self) -> &mut Processor {
+        &mut self.processors[self.served.index()]
+    }
+
+    /// Notes for every processor that the next deadline may have changed.
+    fn touch_timers(&mut self) {
+        for processor in &mut self.processors {
+            processor.timers = Timers::Touched;
+        }
     }
 
     fn log_unknown_port(&mut self, port: u16, width: IoWidth) {

@@ -19,19 +19,19 @@ impl Machine {
         let result = match number {
             index::TSC_DEADLINE if self.has_tsc_deadline() => {
                 self.advance_to(context);
-                Ok(self.local_apic.tsc_deadline())
+                Ok(self.processor().local_apic.tsc_deadline())
             }
             index::X2APIC_FIRST..=index::X2APIC_LAST if self.is_x2apic() => {
                 let register = (number - index::X2APIC_FIRST) as u16;
                 if LocalApic::tells_time(register) {
                     self.advance_to(context);
                 }
-                let value = self.local_apic.read_msr(register);
+                let value = self.processor_mut().local_apic.read_msr(register);
                 self.update_attention();
                 value.map_err(|_| MsrAccess::Refused)
             }
-            _ if Paravirtual::has(number) => self.paravirtual.read(number),
-            _ => self.msrs.read(number, context),
+            _ if Paravirtual::has(number) => self.processor().paravirtual.read(number),
+            _ => self.processor().msrs.read(number, context),
         };
         result.map_err(|error| self.msr_exception(number, error))
     }
@@ -57,7 +57,7 @@ impl Machine {
                 if LocalApic::tells_time(register) {
                     self.advance_to(context);
                 }
-                match self.local_apic.write_msr(register, value) {
+                match self.processor_mut().local_apic.write_msr(register, value) {
                     Ok(effect) => {
                         self.apply(effect);
                         Ok(MsrEffect::None)
@@ -67,21 +67,24 @@ impl Machine {
             }
             _ if Paravirtual::has(number) => {
                 self.advance_to(context);
-                self.paravirtual
+                self.processor_mut()
+                    .paravirtual
                     .write(number, value)
                     .map(|()| MsrEffect::None)
             }
             _ => {
                 self.advance_to(context);
-                self.msrs.write(number, value, context)
+                self.processor_mut().msrs.write(number, value, context)
             }
         };
         match result {
-            Ok(MsrEffect::ApicMode(mode)) => self.local_apic.set_mode(mode),
+            Ok(MsrEffect::ApicMode(mode)) => self.processor_mut().local_apic.set_mode(mode),
             Ok(MsrEffect::TscOffset(_)) => {
-                self.paravirtual.counter_jumped();
+                let processor = self.processor_mut();
+                processor.paravirtual.counter_jumped();
                 // The deadline is a value of the guest's counter, which has just jumped.
-                self.arm_deadline(self.local_apic.tsc_deadline(), context.host_counter);
+                let deadline = processor.local_apic.tsc_deadline();
+                self.arm_deadline(deadline, context.host_counter);
             }
             _ => {}
         }
@@ -96,21 +99,23 @@ impl Machine {
     }
 
     fn has_tsc_deadline(&self) -> bool {
-        self.msrs.features().has(Features::TSC_DEADLINE)
+        self.msrs().features().has(Features::TSC_DEADLINE)
     }
 
     fn is_x2apic(&self) -> bool {
-        self.msrs.apic_base().mode() == ApicMode::X2Apic
+        self.msrs().apic_base().mode() == ApicMode::X2Apic
     }
 
     fn arm_deadline(&mut self, deadline: u64, host_counter: u64) {
         let time = self.deadline_time(deadline, host_counter);
-        self.local_apic.set_tsc_deadline(deadline, time);
+        self.processor_mut()
+            .local_apic
+            .set_tsc_deadline(deadline, time);
     }
 
     /// When the guest's time-stamp counter reaches `deadline`.
     fn deadline_time(&self, deadline: u64, host_counter: u64) -> GuestTime {
-        let guest_counter = host_counter.wrapping_add_signed(self.msrs.tsc_offset());
+        let guest_counter = host_counter.wrapping_add_signed(self.msrs().tsc_offset());
         let ticks = deadline.saturating_sub(guest_counter);
         if ticks == 0 {
             return self.now;

@@ -8,9 +8,11 @@ use proptest::prelude::*;
 use super::*;
 use crate::processor::control;
 use crate::processor::features::{Features, Vendor};
-use crate::processor::msr::{MsrContext, MsrEffect};
+use crate::processor::msr::{ApicMode, MsrContext, MsrEffect};
 
 extern crate std;
+
+mod processors;
 
 #[derive(Clone, Default)]
 struct Console(Arc<Mutex<Vec<u8>>>);
@@ -31,8 +33,13 @@ fn machine() -> Machine {
 }
 
 fn machine_with(console: Console) -> Machine {
-    Machine::new(Configuration {
+    Machine::new(configuration(console))
+}
+
+fn configuration(console: Console) -> Configuration {
+    Configuration {
         time_base: TimeBase::new(5000, FREQUENCY),
+        processors: 1,
         features: GuestFeatures {
             features: Features::all(),
             physical_address_bits: 40,
@@ -40,7 +47,7 @@ fn machine_with(console: Console) -> Machine {
             vendor: Vendor::Intel,
         },
         console: Box::new(console),
-    })
+    }
 }
 
 fn context(host_counter: u64) -> MsrContext<'static> {

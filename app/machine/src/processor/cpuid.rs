@@ -13,6 +13,7 @@ use x86_64::registers::xcontrol::XCr0Flags;
 use super::features::{Features, GuestFeatures, Vendor};
 use super::msr::ApicBase;
 use super::paravirtual;
+use crate::machine::ProcessorNumber;
 
 /// The highest basic leaf that guests see: extended state.
 const MAX_BASIC_LEAF: u32 = 0xd;
@@ -59,6 +60,8 @@ const LEAF_1_EDX: u32 = bits([
 const LEAF_1_EDX_APIC: u32 = 1 << 9;
 const LEAF_1_EDX_MTRR: u32 = 1 << 12;
 const LEAF_1_EDX_MCA: u32 = 1 << 14;
+/// EBX says how many APIC IDs the package has.
+const LEAF_1_EDX_HTT: u32 = 1 << 28;
 
 /// The local APIC's timer runs in all power states.
 const LEAF_6_EAX_ALWAYS_RUNNING_TIMER: u32 = 1 << 2;
@@ -98,6 +101,8 @@ const XSAVE_BASE_SIZE: u32 = 576;
 /// LAHF, ABM, SSE4A, misaligned SSE, PREFETCHW, XOP, FMA4, TBM.
 const EXTENDED_1_ECX: u32 = bits([0, 5, 6, 7, 8, 11, 16, 21]);
 const EXTENDED_1_ECX_AVX: u32 = bits([11, 16]);
+/// The package has several processors, which are cores, not threads.
+const EXTENDED_1_ECX_LEGACY_CORES: u32 = 1 << 1;
 /// The bits that repeat leaf 1, and MMXEXT, 3DNowExt, 3DNow.
 const EXTENDED_1_EDX: u32 = bits([
     0, 1, 2, 3, 4, 5, 6, 7, 8, 13, 15, 16, 17, 22, 23, 24, 30, 31,
@@ -130,6 +135,41 @@ pub struct DriverLimits {
     pub extended_state: u64,
     /// Features that the driver cannot virtualize, such as [`Features::RDTSCP`].
     pub unsupported: Features,
+}
+
+/// What CPUID tells a processor of itself. A machine's processors are the cores of one package, with
+/// one thread each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Identity {
+    /// Its number, which is its APIC ID.
+    pub number: ProcessorNumber,
+    /// How many processors there are.
+    pub processors: u8,
+    /// Where its local APIC is, and whether.
+    pub apic_base: ApicBase,
+}
+
+impl Identity {
+    /// The only processor of a machine.
+    fn alone() -> Self {
+        Self {
+            number: ProcessorNumber::BOOT,
+            processors: 1,
+            apic_base: ApicBase::new(ProcessorNumber::BOOT),
+        }
+    }
+
+    const fn apic_id(&self) -> u32 {
+        self.number.get() as u32
+    }
+
+    /// How many bits of an APIC ID number the package's cores.
+    const fn core_bits(&self) -> u32 {
+        match self.processors.checked_next_power_of_two() {
+            Some(ids) => ids.trailing_zeros(),
+            None => u8::BITS,
+        }
+    }
 }
 
 /// The guest's CPUID.
@@ -183,22 +223,22 @@ impl CpuidPolicy {
         leaf: u32,
         subleaf: u32,
         control: &dyn Fn() -> ControlRegisters,
-        apic_base: ApicBase,
+        identity: &Identity,
     ) -> CpuidResult {
-        let mut result = self.answer(host, leaf, subleaf, &|| control().xcr0);
+        let mut result = self.answer(host, leaf, subleaf, &|| control().xcr0, identity);
         match leaf {
             1 => {
                 if control().cr4 & Cr4Flags::OSXSAVE.bits() != 0 {
                     result.ecx |= LEAF_1_ECX_OSXSAVE;
                 }
-                if !apic_base.is_enabled() {
+                if !identity.apic_base.is_enabled() {
                     result.edx &= !LEAF_1_EDX_APIC;
                 }
             }
             7 if subleaf == 0 && control().cr4 & Cr4Flags::PROTECTION_KEY_USER.bits() != 0 => {
                 result.ecx |= LEAF_7_ECX_OSPKE;
             }
-            0x8000_0001 if !apic_base.is_enabled() => result.edx &= !LEAF_1_EDX_APIC,
+            0x8000_0001 if !identity.apic_base.is_enabled() => result.edx &= !LEAF_1_EDX_APIC,
             _ => {}
         }
         result
@@ -210,6 +250,7 @@ impl CpuidPolicy {
         leaf: u32,
         subleaf: u32,
         xcr0: &dyn Fn() -> u64,
+        identity: &Identity,
     ) -> CpuidResult {
         match leaf {
             HYPERVISOR_LEAF => hypervisor_leaf(),
@@ -217,12 +258,12 @@ impl CpuidPolicy {
                 eax: self.max_basic,
                 ..host(0, 0)
             },
-            _ if leaf <= self.max_basic => self.basic(host, leaf, subleaf, xcr0),
+            _ if leaf <= self.max_basic => self.basic(host, leaf, subleaf, xcr0, identity),
             0x8000_0000 if self.max_extended != 0 => CpuidResult {
                 eax: self.max_extended,
                 ..host(leaf, 0)
             },
-            0x8000_0001.. if leaf <= self.max_extended => self.extended(host, leaf),
+            0x8000_0001.. if leaf <= self.max_extended => self.extended(host, leaf, identity),
             _ => paravirtual::cpuid(leaf).unwrap_or(NOTHING),
         }
     }
@@ -233,30 +274,24 @@ impl CpuidPolicy {
         leaf: u32,
         subleaf: u32,
         xcr0: &dyn Fn() -> u64,
+        identity: &Identity,
     ) -> CpuidResult {
         match leaf {
-            1 => self.leaf_1(host(1, 0)),
+            1 => self.leaf_1(host(1, 0), identity),
             2 => host(2, 0),
-            4 => {
-                // Caches of a package with one core and one thread.
-                let cache = host(4, subleaf);
-                CpuidResult {
-                    eax: cache.eax & 0x3fff,
-                    ..cache
-                }
-            }
+            4 => cache(host(4, subleaf), identity),
             6 => CpuidResult {
                 eax: LEAF_6_EAX_ALWAYS_RUNNING_TIMER,
                 ..NOTHING
             },
             7 => self.leaf_7(host, subleaf),
-            0xb => topology(subleaf),
+            0xb => topology(subleaf, identity),
             0xd => self.leaf_d(host, subleaf, xcr0()),
             _ => NOTHING,
         }
     }
 
-    fn leaf_1(&self, host: CpuidResult) -> CpuidResult {
+    fn leaf_1(&self, host: CpuidResult, identity: &Identity) -> CpuidResult {
         let mut ecx = host.ecx & LEAF_1_ECX | LEAF_1_ECX_HYPERVISOR;
         if self.has_feature(Features::X2APIC) {
             ecx |= LEAF_1_ECX_X2APIC;
@@ -270,12 +305,16 @@ impl CpuidPolicy {
         if !self.has_state(XCr0Flags::AVX.bits()) {
             ecx &= !LEAF_1_ECX_AVX;
         }
+        let mut edx = host.edx & LEAF_1_EDX | LEAF_1_EDX_APIC | LEAF_1_EDX_MTRR | LEAF_1_EDX_MCA;
+        if identity.processors > 1 {
+            edx |= LEAF_1_EDX_HTT;
+        }
         CpuidResult {
             eax: host.eax,
-            // One logical processor with APIC ID 0; brand index and CLFLUSH size are the host's.
-            ebx: host.ebx & 0xffff | 1 << 16,
+            // Brand index and CLFLUSH size are the host's.
+            ebx: host.ebx & 0xffff | 1 << identity.core_bits() << 16 | identity.apic_id() << 24,
             ecx,
-            edx: host.edx & LEAF_1_EDX | LEAF_1_EDX_APIC | LEAF_1_EDX_MTRR | LEAF_1_EDX_MCA,
+            edx,
         }
     }
 
@@ -380,7 +419,12 @@ impl CpuidPolicy {
         }
     }
 
-    fn extended(&self, host: &dyn Fn(u32, u32) -> CpuidResult, leaf: u32) -> CpuidResult {
+    fn extended(
+        &self,
+        host: &dyn Fn(u32, u32) -> CpuidResult,
+        leaf: u32,
+        identity: &Identity,
+    ) -> CpuidResult {
         let host_leaf = host(leaf, 0);
         match leaf {
             0x8000_0001 => {
@@ -391,6 +435,9 @@ impl CpuidPolicy {
                 let mut edx = host_leaf.edx & EXTENDED_1_EDX;
                 if self.features.vendor == Vendor::Amd {
                     edx |= LEAF_1_EDX_APIC | LEAF_1_EDX_MTRR | LEAF_1_EDX_MCA;
+                    if identity.processors > 1 {
+                        ecx |= EXTENDED_1_ECX_LEGACY_CORES;
+                    }
                 }
                 for (feature, bit) in [
                     (Features::NX, EXTENDED_1_EDX_NX),
@@ -422,7 +469,15 @@ impl CpuidPolicy {
             0x8000_0008 => CpuidResult {
                 eax: 48 << 8 | u32::from(self.features.physical_address_bits),
                 ebx: host_leaf.ebx & EXTENDED_8_EBX,
-                ..NOTHING
+                // Intel reserves it.
+                ecx: match self.features.vendor {
+                    Vendor::Amd => {
+                        let other_cores = u32::from(identity.processors).saturating_sub(1);
+                        identity.core_bits() << 12 | other_cores
+                    }
+                    Vendor::Intel => 0,
+                },
+                edx: 0,
             },
             _ => NOTHING,
         }
@@ -466,9 +521,8 @@ impl CpuidPolicy {
     }
 
     fn shown_features(&self, host: &dyn Fn(u32, u32) -> CpuidResult) -> Features {
-        let leaf_1 = self.answer(host, 1, 0, &|| 0);
-        let leaf_7 = self.answer(host, 7, 0, &|| 0);
-        let extended_1 = self.answer(host, 0x8000_0001, 0, &|| 0);
+        let answer = |leaf| self.answer(host, leaf, 0, &|| 0, &Identity::alone());
+        let (leaf_1, leaf_7, extended_1) = (answer(1), answer(7), answer(0x8000_0001));
         let table = [
             (Features::VME, leaf_1.edx, 1),
             (Features::DE, leaf_1.edx, 2),
@@ -525,25 +579,41 @@ fn hypervisor_leaf() -> CpuidResult {
     }
 }
 
-/// One thread in one core, with x2APIC ID 0.
-fn topology(subleaf: u32) -> CpuidResult {
+/// The package's levels: a thread in each core, the cores, and no more (SDM vol. 2A leaf 0BH).
+fn topology(subleaf: u32, identity: &Identity) -> CpuidResult {
     const THREAD: u32 = 1;
     const CORE: u32 = 2;
-    let level = match subleaf {
-        0 => THREAD,
-        1 => CORE,
-        _ => {
-            return CpuidResult {
-                ecx: subleaf & 0xff,
-                ..NOTHING
-            };
-        }
+    let (id_bits, processors, level) = match subleaf {
+        0 => (0, 1, THREAD),
+        1 => (identity.core_bits(), identity.processors.into(), CORE),
+        _ => (0, 0, 0),
     };
     CpuidResult {
-        eax: 0,
-        ebx: 1,
-        ecx: level << 8 | subleaf,
-        edx: 0,
+        eax: id_bits,
+        ebx: processors,
+        ecx: level << 8 | subleaf & 0xff,
+        edx: identity.apic_id(),
+    }
+}
+
+/// A cache of the package (SDM vol. 2A leaf 04H): the cores share those of the third level and above.
+fn cache(host: CpuidResult, identity: &Identity) -> CpuidResult {
+    const TYPE: u32 = 0x1f;
+    const LEVEL: u32 = 7;
+    const FIRST_SHARED_LEVEL: u32 = 3;
+    let description = host.eax & 0x3fff;
+    if description & TYPE == 0 {
+        return CpuidResult {
+            eax: description,
+            ..host
+        };
+    }
+    let other_ids = (1 << identity.core_bits()) - 1;
+    let shared = description >> 5 & LEVEL >= FIRST_SHARED_LEVEL;
+    let sharers = if shared { other_ids } else { 0 };
+    CpuidResult {
+        eax: description | sharers << 14 | other_ids << 26,
+        ..host
     }
 }
 
@@ -645,7 +715,7 @@ mod tests {
 
     fn query(leaf: u32, subleaf: u32) -> CpuidResult {
         let policy = CpuidPolicy::new(&everything, &LIMITS);
-        policy.query(&everything, leaf, subleaf, &|| CONTROL, ApicBase::default())
+        policy.query(&everything, leaf, subleaf, &|| CONTROL, &Identity::alone())
     }
 
     #[test]
@@ -703,15 +773,18 @@ mod tests {
             ..CONTROL
         };
         let ospke = |control: &ControlRegisters, subleaf| {
-            let leaf = policy.query(&everything, 7, subleaf, &|| *control, ApicBase::default());
+            let leaf = policy.query(&everything, 7, subleaf, &|| *control, &Identity::alone());
             leaf.ecx & LEAF_7_ECX_OSPKE != 0
         };
         assert!(ospke(&control, 0) && !ospke(&control, 1) && !ospke(&CONTROL, 0));
-        let leaf = policy.query(&everything, 1, 0, &|| control, ApicBase::default());
+        let leaf = policy.query(&everything, 1, 0, &|| control, &Identity::alone());
         assert_ne!(leaf.ecx & LEAF_1_ECX_OSXSAVE, 0);
         assert_ne!(leaf.edx & LEAF_1_EDX_APIC, 0);
-        let disabled = ApicBase::default().disabled();
-        let leaf = policy.query(&everything, 1, 0, &|| CONTROL, disabled);
+        let disabled = Identity {
+            apic_base: Identity::alone().apic_base.disabled(),
+            ..Identity::alone()
+        };
+        let leaf = policy.query(&everything, 1, 0, &|| CONTROL, &disabled);
         assert_eq!(leaf.edx & LEAF_1_EDX_APIC, 0);
     }
 
@@ -734,7 +807,7 @@ mod tests {
         };
         let policy = CpuidPolicy::new(&everything, &limits);
         let query = |leaf, subleaf| {
-            policy.query(&everything, leaf, subleaf, &|| CONTROL, ApicBase::default())
+            policy.query(&everything, leaf, subleaf, &|| CONTROL, &Identity::alone())
         };
         assert!(!policy.features().has(Features::RDTSCP));
         assert!(!policy.features().has(Features::XSAVE));
@@ -752,7 +825,7 @@ mod tests {
         let sizes = |xcr0| {
             let control = ControlRegisters { xcr0, ..CONTROL };
             let leaf =
-                |subleaf| policy.query(&everything, 0xd, subleaf, &|| control, ApicBase::default());
+                |subleaf| policy.query(&everything, 0xd, subleaf, &|| control, &Identity::alone());
             (leaf(0).ebx, leaf(0).ecx, leaf(1).ebx)
         };
         assert_eq!(query(0xd, 0).eax, 0xe7);
@@ -782,7 +855,7 @@ mod tests {
         assert!(!policy.features().has(Features::NX));
         assert!(!policy.features().has(Features::LONG_MODE));
         assert!(!policy.features().has(Features::SYSCALL));
-        let answer = policy.query(&old, 0x8000_0000, 0, &|| CONTROL, ApicBase::default());
+        let answer = policy.query(&old, 0x8000_0000, 0, &|| CONTROL, &Identity::alone());
         assert_eq!(answer, NOTHING);
     }
 }

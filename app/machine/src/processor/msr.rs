@@ -12,6 +12,7 @@ use umbra_vcpu::registers::ControlRegisters;
 use super::control;
 use super::features::{Features, GuestFeatures, Vendor};
 use super::mtrr::Mtrrs;
+use crate::machine::ProcessorNumber;
 
 /// Register numbers.
 pub mod index {
@@ -77,7 +78,7 @@ const PAT_RESET: u64 = 0x0007_0406_0007_0406;
 const INTEL_MICROCODE_REVISION: u64 = 1 << 32;
 const AMD_PATCH_LEVEL: u64 = 0x0100_0065;
 
-/// IA32_APIC_BASE (SDM vol. 3A 11.4.4, 11.12.1) of the bootstrap processor.
+/// IA32_APIC_BASE (SDM vol. 3A 11.4.4, 11.12.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ApicBase(u64);
 
@@ -98,6 +99,15 @@ impl ApicBase {
     const BOOTSTRAP: u64 = 1 << 8;
     const X2APIC: u64 = 1 << 10;
     const ENABLE: u64 = 1 << 11;
+
+    /// The register of this processor after reset.
+    pub fn new(number: ProcessorNumber) -> Self {
+        let bootstrap = match number {
+            ProcessorNumber::BOOT => Self::BOOTSTRAP,
+            _ => 0,
+        };
+        Self(Self::RESET_PAGE.as_u64() | Self::ENABLE | bootstrap)
+    }
 
     /// The register's value.
     pub const fn bits(self) -> u64 {
@@ -146,12 +156,6 @@ impl ApicBase {
             return Err(Exception::GENERAL_PROTECTION);
         }
         Ok(new)
-    }
-}
-
-impl Default for ApicBase {
-    fn default() -> Self {
-        Self(Self::RESET_PAGE.as_u64() | Self::ENABLE | Self::BOOTSTRAP)
     }
 }
 
@@ -214,12 +218,12 @@ pub struct Msrs {
 }
 
 impl Msrs {
-    /// The registers of a processor with `features` as firmware leaves them. The guest's time-stamp
-    /// counter is the host's plus `tsc_offset`.
-    pub fn new(features: GuestFeatures, tsc_offset: i64) -> Self {
+    /// The registers of processor `number` with `features` as firmware leaves them. The guest's
+    /// time-stamp counter is the host's plus `tsc_offset`.
+    pub fn new(number: ProcessorNumber, features: GuestFeatures, tsc_offset: i64) -> Self {
         Self {
             features,
-            apic_base: ApicBase::default(),
+            apic_base: ApicBase::new(number),
             tsc_offset,
             tsc_adjust: 0,
             pat: PAT_RESET,
@@ -428,7 +432,7 @@ mod tests {
     }
 
     fn intel() -> Msrs {
-        Msrs::new(features(Vendor::Intel), -1000)
+        Msrs::new(ProcessorNumber::BOOT, features(Vendor::Intel), -1000)
     }
 
     #[test]
@@ -531,7 +535,7 @@ mod tests {
 
     #[test]
     fn vendors_have_their_own_registers() {
-        let mut amd = Msrs::new(features(Vendor::Amd), 0);
+        let mut amd = Msrs::new(ProcessorNumber::BOOT, features(Vendor::Amd), 0);
         for number in [
             0xc001_0000,
             0xc001_0007,
@@ -548,7 +552,7 @@ mod tests {
 
     #[test]
     fn miscellaneous_features_keep_what_is_written() {
-        let mut msrs = Msrs::new(features(Vendor::Amd), 0);
+        let mut msrs = Msrs::new(ProcessorNumber::BOOT, features(Vendor::Amd), 0);
         assert_eq!(msrs.read(0x1a0, &context(0)), Ok(0x1801));
         assert!(msrs.write(0x1a0, 0x4_00c5_1809, &context(0)).is_ok());
         assert_eq!(msrs.read(0x1a0, &context(0)), Ok(0x4_00c5_1809));
@@ -573,7 +577,7 @@ mod tests {
             accesses in proptest::collection::vec((any::<u32>(), 0..0x300_u32, any::<u64>(), any::<u64>()), 1..64)
         ) {
             for vendor in [Vendor::Intel, Vendor::Amd] {
-                let mut msrs = Msrs::new(features(vendor), i64::MIN);
+                let mut msrs = Msrs::new(ProcessorNumber::BOOT, features(vendor), i64::MIN);
                 for (wide, low, value, counter) in &accesses {
                     for number in [*wide, *low, 0xc000_0080 + low, 0xc001_0000 + low] {
                         let written = msrs.write(number, *value, &context(*counter));
