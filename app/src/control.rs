@@ -3,9 +3,11 @@
 
 use core::arch::x86_64::{__cpuid_count, CpuidResult};
 
+use umbra_machine::Hypercall;
 use umbra_machine::processor::control;
 use umbra_machine::processor::features::{Features, GuestFeatures};
 use umbra_machine::processor::msr::{MsrContext, MsrEffect};
+use umbra_machine::processor::paravirtual::call_error;
 use umbra_mmu::{Feature, GuestFeatures as MmuFeatures, MmuError};
 use umbra_vcpu::VcpuExt;
 use umbra_vcpu::event::Exception;
@@ -57,15 +59,17 @@ pub fn cpuid(guest: &mut Guest) {
     guest.vcpu.skip_instruction();
 }
 
-/// VMCALL and VMMCALL: KVM's interface, of which the guest has been told no call. The results are
-/// KVM's error numbers (Linux's uapi/linux/kvm_para.h).
+/// VMCALL and VMMCALL: KVM's interface (Linux's uapi/linux/kvm_para.h).
 pub fn hypercall(guest: &mut Guest) -> Result<(), End> {
-    const UNKNOWN_CALL: i64 = -1000;
-    const NOT_PERMITTED: i64 = -1;
     let result = if guest.vcpu.privilege_level().is_user() {
-        NOT_PERMITTED
+        call_error::NOT_PERMITTED
     } else {
-        UNKNOWN_CALL
+        let registers = guest.vcpu.registers();
+        guest.machine.hypercall(&Hypercall {
+            number: registers.get(Gpr::Rax),
+            arguments: [Gpr::Rbx, Gpr::Rcx, Gpr::Rdx, Gpr::Rsi].map(|gpr| registers.get(gpr)),
+            mode: guest.vcpu.code_width(),
+        })
     };
     let registers = guest.vcpu.registers_mut();
     registers.set(Gpr::Rax, result.cast_unsigned());

@@ -33,7 +33,7 @@ pub mod processor;
 pub mod time;
 
 pub use machine::{
-    Attention, Configuration, ConsoleOutput, Machine, NoDevice, ProcessorNumber, ProcessorSet,
-    Shutdown, Startup, Timers,
+    Attention, Configuration, ConsoleOutput, Hypercall, Machine, NoDevice, ProcessorNumber,
+    ProcessorSet, Shutdown, Startup, Timers,
 };
 pub use time::{GuestTime, TimeBase};

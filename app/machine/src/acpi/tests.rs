@@ -86,13 +86,24 @@ fn every_table_is_found_and_whole() {
     assert!(walk.0.len() < 0x1_0000, "the BIOS area has room for them");
 }
 
+#[test]
+fn every_processor_is_listed() {
+    let walk = Walk(tables(3));
+    let [.., (_, madt), _, _] = walk.tables();
+    let processors = &madt[44..44 + 3 * 8];
+    for (number, processor) in (0..).zip(processors.chunks(8)) {
+        assert_eq!(processor, [0, 8, number, number, 1, 0, 0, 0]);
+    }
+    assert_eq!(madt[44 + 3 * 8], 1, "the I/O APIC follows");
+}
+
 /// Intel's own compiler takes the tables apart and finds the devices in them. Debian's package
 /// acpica-tools has it; without it there is nobody to ask.
 #[test]
 fn the_reference_compiler_agrees() {
     let directory = std::env::temp_dir().join(std::format!("umbra-acpi-{}", std::process::id()));
     fs::create_dir_all(&directory).expect("a temporary directory");
-    let walk = Walk(tables(1));
+    let walk = Walk(tables(4));
     let mut sources = String::new();
     for (name, table) in walk.tables() {
         let file = directory.join(name).with_extension("aml");
@@ -107,6 +118,8 @@ fn the_reference_compiler_agrees() {
     } else {
         for expected in [
             "\"ACPI0007\"",
+            "Device (CPU0)",
+            "Device (CPU3)",
             "\"PNP0501\"",
             "\"PNP0B00\"",
             "Name (_S5, Package (0x04)",

@@ -6,6 +6,7 @@
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 
+mod hypercalls;
 mod interrupts;
 mod mmio;
 mod processors;
@@ -14,9 +15,10 @@ mod registers;
 use umbra_vcpu::address::Gpa;
 use umbra_vcpu::exit::IoWidth;
 
-use self::processors::Processor;
+pub use self::hypercalls::Hypercall;
 pub use self::processors::{ProcessorNumber, ProcessorSet, Startup};
 
+use self::processors::Processor;
 use crate::access_log::{AccessLog, Sighting};
 use crate::devices::fw_cfg::{self, FwCfg};
 use crate::devices::io_apic::IoApic;

@@ -12,6 +12,7 @@ use crate::processor::msr::{ApicMode, MsrContext, MsrEffect};
 
 extern crate std;
 
+mod messages;
 mod processors;
 
 #[derive(Clone, Default)]

@@ -1,7 +1,9 @@
 //! KVM's paravirtual clock, by which guests know the time-stamp counter's frequency without
 //! measuring it (Linux's Documentation/virt/kvm/x86: cpuid.rst and msr.rst).
 //!
-//! A guest finds KVM's signature at [`LEAF`], the first of the hypervisor's leaves. It also learns there that it need not wait between accesses to ports.
+//! A guest finds KVM's signature at [`LEAF`], the first of the hypervisor's leaves. It also learns
+//! there that it need not wait between accesses to ports, and by which call it interrupts several
+//! processors at once.
 //!
 //! Protocol: the guest names a place in its memory by a model-specific register. What must be written
 //! there waits in [`Paravirtual::take_write`]; the run loop carries it out before the guest goes on.
@@ -25,8 +27,22 @@ const SIGNATURE: [u32; 3] = [
 const FEATURE_NO_IO_DELAY: u32 = 1 << 1;
 /// The clock is there, at [`WALL_CLOCK`] and [`SYSTEM_TIME`].
 const FEATURE_CLOCK: u32 = 1 << 3;
+/// [`CALL_SEND_IPI`] is there.
+const FEATURE_SEND_IPI: u32 = 1 << 11;
 /// The clock is the same on all processors.
 const FEATURE_CLOCK_STABLE: u32 = 1 << 24;
+
+/// The hypercall that interrupts several processors.
+pub const CALL_SEND_IPI: u64 = 10;
+/// Results of hypercalls that failed, as KVM numbers them.
+pub mod call_error {
+    /// There is no such call.
+    pub const UNKNOWN: i64 = -1000;
+    /// An argument is not allowed.
+    pub const INVALID: i64 = -22;
+    /// Only the kernel may call.
+    pub const NOT_PERMITTED: i64 = -1;
+}
 
 /// Where to write the wall clock of the machine's start.
 pub const WALL_CLOCK: u32 = 0x4b56_4d00;
@@ -40,8 +56,10 @@ const WALL_CLOCK_SIZE: usize = 12;
 const SYSTEM_TIME_SIZE: usize = 32;
 const NANOSECONDS_PER_SECOND: u128 = 1_000_000_000;
 
-/// Answers CPUID for KVM's leaves.
-pub const fn cpuid(leaf: u32) -> Option<CpuidResult> {
+const FEATURES: u32 = FEATURE_NO_IO_DELAY | FEATURE_CLOCK | FEATURE_CLOCK_STABLE;
+
+/// Answers CPUID for KVM's leaves, in a machine with so many processors.
+pub const fn cpuid(leaf: u32, processors: u8) -> Option<CpuidResult> {
     match leaf {
         LEAF => Some(CpuidResult {
             eax: LEAF + 1,
@@ -50,7 +68,11 @@ pub const fn cpuid(leaf: u32) -> Option<CpuidResult> {
             edx: SIGNATURE[2],
         }),
         _ if leaf == LEAF + 1 => Some(CpuidResult {
-            eax: FEATURE_NO_IO_DELAY | FEATURE_CLOCK | FEATURE_CLOCK_STABLE,
+            eax: if processors > 1 {
+                FEATURES | FEATURE_SEND_IPI
+            } else {
+                FEATURES
+            },
             ebx: 0,
             ecx: 0,
             edx: 0,
@@ -233,15 +255,16 @@ mod tests {
 
     #[test]
     fn the_signature_is_kvm_s() {
-        let leaf = cpuid(LEAF).expect("the signature");
+        let leaf = cpuid(LEAF, 1).expect("the signature");
         let signature: Vec<u8> = [leaf.ebx, leaf.ecx, leaf.edx]
             .into_iter()
             .flat_map(u32::to_le_bytes)
             .collect();
         assert_eq!(signature, b"KVMKVMKVM\0\0\0");
         assert_eq!(leaf.eax, LEAF + 1);
-        assert_eq!(cpuid(LEAF + 1).expect("features").eax, 0x100_000a);
-        assert_eq!(cpuid(LEAF + 2), None);
+        let features = |processors| cpuid(LEAF + 1, processors).expect("features").eax;
+        assert_eq!((features(1), features(2)), (0x100_000a, 0x100_080a));
+        assert_eq!(cpuid(LEAF + 2, 1), None);
     }
 
     #[test]

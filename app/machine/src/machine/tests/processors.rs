@@ -3,26 +3,26 @@
 use super::*;
 use crate::machine::{ProcessorNumber, ProcessorSet, Startup};
 
-const INIT: u32 = 0x0000_4500;
-const START_UP: u32 = 0x0000_4600;
-const NMI: u32 = 0x0000_4400;
-const LOGICAL: u32 = 1 << 11;
-const LOWEST_PRIORITY: u32 = 1 << 8;
-const ASSERT: u32 = 1 << 14;
-const MYSELF: u32 = 1 << 18;
-const ALL: u32 = 2 << 18;
-const OTHERS: u32 = 3 << 18;
+pub(super) const INIT: u32 = 0x0000_4500;
+pub(super) const START_UP: u32 = 0x0000_4600;
+pub(super) const NMI: u32 = 0x0000_4400;
+pub(super) const LOGICAL: u32 = 1 << 11;
+pub(super) const LOWEST_PRIORITY: u32 = 1 << 8;
+pub(super) const ASSERT: u32 = 1 << 14;
+pub(super) const MYSELF: u32 = 1 << 18;
+pub(super) const ALL: u32 = 2 << 18;
+pub(super) const OTHERS: u32 = 3 << 18;
 
-fn number(number: u8) -> ProcessorNumber {
+pub(super) fn number(number: u8) -> ProcessorNumber {
     ProcessorNumber::new(number).expect("machines may have as many")
 }
 
-fn set<const N: usize>(numbers: [u8; N]) -> ProcessorSet {
+pub(super) fn set<const N: usize>(numbers: [u8; N]) -> ProcessorSet {
     numbers.into_iter().map(number).collect()
 }
 
 /// A machine whose processors are as firmware leaves them.
-fn cold(processors: u8) -> Machine {
+pub(super) fn cold(processors: u8) -> Machine {
     Machine::new(Configuration {
         processors,
         ..configuration(Console::default())
@@ -30,7 +30,7 @@ fn cold(processors: u8) -> Machine {
 }
 
 /// A machine whose processors all run with their local APICs enabled.
-fn running(processors: u8) -> Machine {
+pub(super) fn running(processors: u8) -> Machine {
     let mut machine = cold(processors);
     command(&mut machine, 0, INIT | OTHERS);
     command(&mut machine, 0, START_UP | OTHERS | 8);
@@ -45,19 +45,19 @@ fn running(processors: u8) -> Machine {
 }
 
 /// Writes the interrupt command register of the served processor.
-fn command(machine: &mut Machine, destination: u8, low: u32) {
+pub(super) fn command(machine: &mut Machine, destination: u8, low: u32) {
     write_apic(machine, 0x310, u32::from(destination) << 24);
     write_apic(machine, 0x300, low);
 }
 
-fn enter_x2apic_mode(machine: &mut Machine) {
+pub(super) fn enter_x2apic_mode(machine: &mut Machine) {
     let base = machine.msrs().apic_base().bits();
     let entered = machine.write_msr(0x1b, base | 1 << 10, &context(0));
     assert!(matches!(entered, Ok(MsrEffect::ApicMode(_))));
 }
 
 /// Takes `vector` at all processors that it waits for, ends it there, and says who they were.
-fn take(machine: &mut Machine, vector: u8) -> ProcessorSet {
+pub(super) fn take(machine: &mut Machine, vector: u8) -> ProcessorSet {
     let before = machine.served;
     let taken = ProcessorNumber::first(machine.processors())
         .filter(|&processor| {
@@ -247,112 +247,99 @@ fn deasserting_init_does_nothing() {
 }
 
 #[test]
-fn shorthands_and_physical_destinations() {
-    for (sender, destination, low, receivers) in [
-        (0, 0, MYSELF, set([0])),
-        (2, 0, MYSELF, set([2])),
-        (0, 0, ALL, set([0, 1, 2, 3])),
-        (3, 0, ALL, set([0, 1, 2, 3])),
-        (0, 0, OTHERS, set([1, 2, 3])),
-        (1, 0, OTHERS, set([0, 2, 3])),
-        (0, 0, 0, set([0])),
-        (0, 3, 0, set([3])),
-        (3, 1, 0, set([1])),
-        (1, 1, 0, set([1])),
-        (1, 0xff, 0, set([0, 1, 2, 3])),
-        (0, 4, 0, set([])),
-        (0, 0x0f, 0, set([])),
-        (0, 0xfe, 0, set([])),
+fn each_processor_has_its_own_timer() {
+    let mut machine = running(3);
+    for (processor, count) in [(1, 5000), (2, 3000)] {
+        machine.serve(number(processor));
+        write_apic(&mut machine, 0x3e0, 0b1011);
+        write_apic(&mut machine, 0x320, 0x50);
+        write_apic(&mut machine, 0x380, count);
+    }
+    machine.serve(ProcessorNumber::BOOT);
+    assert_eq!(machine.take_timers(), Timers::Touched, "whoever set it");
+    assert_eq!(machine.take_timers(), Timers::Untouched);
+    for (time, processor) in [(3000, 2), (5000, 1)] {
+        let deadline = GuestTime::from_nanoseconds(time);
+        assert_eq!(machine.next_deadline(), Some(deadline));
+        machine.advance(deadline);
+        assert_eq!(machine.take_kicks(), set([processor]));
+        assert_eq!(take(&mut machine, 0x50), set([processor]));
+    }
+    assert_eq!(machine.next_deadline(), None);
+}
+
+#[test]
+fn time_stamp_counters_are_in_step_until_one_is_written() {
+    let mut machine = running(2);
+    let offsets = |machine: &mut Machine| {
+        [0, 1].map(|processor| {
+            machine.serve(number(processor));
+            machine.msrs().tsc_offset()
+        })
+    };
+    assert_eq!(offsets(&mut machine), [-5000, -5000]);
+    machine.serve(number(1));
+    assert!(machine.write_msr(0x3b, 70, &context(9000)).is_ok());
+    assert_eq!(offsets(&mut machine), [-5000, -4930]);
+    machine.serve(ProcessorNumber::BOOT);
+    assert_eq!(machine.read_msr(0x3b, &context(9000)), Ok(0));
+}
+
+#[test]
+fn registers_are_each_processors_own() {
+    let mut machine = running(2);
+    machine.serve(number(1));
+    for (register, value) in [
+        (0x277, 0x0606_0606_0606_0606),
+        (0x2ff, 0xc00),
+        (0x4b56_4d01, 0x5001),
     ] {
-        let mut machine = running(4);
-        machine.serve(number(sender));
-        command(&mut machine, destination, low | ASSERT | 0x55);
-        let mut others = receivers;
-        others.remove(number(sender));
-        assert_eq!(
-            machine.take_kicks(),
-            others,
-            "{sender} {destination:#x} {low:#x}"
-        );
-        assert_eq!(machine.take_kicks(), ProcessorSet::EMPTY);
-        assert_eq!(
-            take(&mut machine, 0x55),
-            receivers,
-            "{sender} {destination:#x} {low:#x}"
-        );
+        assert!(machine.write_msr(register, value, &context(6000)).is_ok());
+    }
+    assert!(machine.take_memory_write().is_some());
+    machine.serve(ProcessorNumber::BOOT);
+    assert_eq!(machine.take_memory_write(), None);
+    for (register, value) in [
+        (0x277, 0x0007_0406_0007_0406),
+        (0x2ff, 0xc06),
+        (0x4b56_4d01, 0),
+    ] {
+        assert_eq!(machine.read_msr(register, &context(6000)), Ok(value));
     }
 }
 
 #[test]
-fn logical_destinations_of_the_flat_model() {
-    for (destination, receivers) in [
-        (0x01, set([0])),
-        (0x06, set([1, 2])),
-        (0x0f, set([0, 1, 2, 3])),
-        (0xf8, set([3])),
-        (0xf0, set([])),
-        (0x00, set([])),
-        (0xff, set([0, 1, 2, 3])),
-    ] {
-        let mut machine = running(4);
-        for processor in ProcessorNumber::first(4) {
-            machine.serve(processor);
-            write_apic(&mut machine, 0xd0, 1 << (24 + processor.get()));
-        }
-        command(&mut machine, destination, LOGICAL | ASSERT | 0x66);
-        assert_eq!(take(&mut machine, 0x66), receivers, "{destination:#x}");
+fn a_disabled_local_apic_is_not_there() {
+    let mut machine = running(2);
+    machine.serve(number(1));
+    assert!(machine.write_msr(0x1b, 0xfee0_0000, &context(0)).is_ok());
+    machine.serve(ProcessorNumber::BOOT);
+    for low in [ASSERT | 0x40, NMI, INIT, START_UP] {
+        command(&mut machine, 1, low);
     }
+    assert_eq!(machine.take_kicks(), ProcessorSet::EMPTY);
+    machine.serve(number(1));
+    assert_eq!(machine.attention(), Attention::NotWanted);
+    assert!(!machine.waits_for_startup());
 }
 
 #[test]
-fn logical_destinations_of_the_cluster_model() {
-    for (destination, receivers) in [
-        (0x11, set([0])),
-        (0x13, set([0, 1])),
-        (0x23, set([2, 3])),
-        (0x32, set([])),
-        (0xf1, set([0, 2])),
-        (0xff, set([0, 1, 2, 3])),
-        (0x10, set([])),
-    ] {
-        let mut machine = running(4);
-        for (processor, address) in ProcessorNumber::first(4).zip([0x11, 0x12, 0x21, 0x22]) {
-            machine.serve(processor);
-            write_apic(&mut machine, 0xe0, 0x0fff_ffff);
-            write_apic(&mut machine, 0xd0, address << 24);
-        }
-        command(&mut machine, destination, LOGICAL | ASSERT | 0x77);
-        assert_eq!(take(&mut machine, 0x77), receivers, "{destination:#x}");
-    }
+fn a_page_that_one_processor_moves_moves_for_no_other() {
+    let mut machine = running(2);
+    machine.serve(number(1));
+    assert!(machine.write_msr(0x1b, 0xfed0_0800, &context(0)).is_ok());
+    let mut bytes = [0; 4];
+    let (usual, moved) = (Gpa::new(0xfee0_0020), Gpa::new(0xfed0_0020));
+    assert_eq!(machine.read_mmio(usual, &mut bytes), Err(NoDevice));
+    assert_eq!(machine.read_mmio(moved, &mut bytes), Ok(()));
+    assert_eq!(bytes, [0, 0, 0, 1]);
+    machine.serve(ProcessorNumber::BOOT);
+    assert_eq!(machine.read_mmio(moved, &mut bytes), Err(NoDevice));
+    assert_eq!(machine.read_mmio(usual, &mut bytes), Ok(()));
 }
 
 #[test]
-fn destinations_in_x2apic_mode() {
-    for (destination, low, receivers) in [
-        (3_u64, 0, set([3])),
-        (4, 0, set([])),
-        (0xff, 0, set([])),
-        (0x1_0001, 0, set([])),
-        (0xffff_ffff, 0, set([0, 1, 2, 3])),
-        (0b1010, LOGICAL, set([1, 3])),
-        (0xffff, LOGICAL, set([0, 1, 2, 3])),
-        (0x1_000f, LOGICAL, set([])),
-        (0xffff_ffff, LOGICAL, set([0, 1, 2, 3])),
-        (0, OTHERS, set([0, 1, 3])),
-        (0xffff_ffff, MYSELF, set([2])),
-    ] {
-        let mut machine = running(4);
-        for processor in ProcessorNumber::first(4) {
-            machine.serve(processor);
-            enter_x2apic_mode(&mut machine);
-        }
-        machine.serve(number(2));
-        let value = destination << 32 | u64::from(low | ASSERT | 0x88);
-        assert!(machine.write_msr(0x830, value, &context(0)).is_ok());
-        assert_eq!(
-            take(&mut machine, 0x88),
-            receivers,
-            "{destination:#x} {low:#x}"
-        );
-    }
+#[should_panic(expected = "number.index()")]
+fn nobody_serves_a_processor_that_is_not_there() {
+    cold(2).serve(number(2));
 }
