@@ -173,7 +173,7 @@ pub fn write_control_register(
     let features = guest.cpuid.features();
     let new = match register {
         ControlRegister::Cr0 => {
-            control::write_cr0(&current, value, &guest.vcpu.segment(SegmentRegister::Cs))
+            control::write_cr0(&current, value, || guest.vcpu.segment(SegmentRegister::Cs))
         }
         ControlRegister::Cr2 => Ok(ControlRegisters {
             cr2: umbra_vcpu::address::Gva::new(value),
@@ -208,10 +208,13 @@ fn change_control(
     old: &ControlRegisters,
     new: ControlRegisters,
 ) -> Result<(), End> {
-    let paging_changed = (old.cr0, old.cr3, old.cr4, old.efer) != (new.cr0, new.cr3, new.cr4, new.efer)
-        // Loading CR3 drops translations even if the value stays.
-        || *old == new;
-    if paging_changed && guest.paging.load_registers(&new).is_err() {
+    let paging_difference =
+        (old.cr0 ^ new.cr0) | (old.cr3 ^ new.cr3) | (old.cr4 ^ new.cr4) | (old.efer ^ new.efer);
+    let other_difference =
+        (old.cr2.as_u64() ^ new.cr2.as_u64()) | (old.cr8 ^ new.cr8) | (old.xcr0 ^ new.xcr0);
+    // Loading CR3 drops translations even if the value stays.
+    let loads = paging_difference != 0 || other_difference == 0;
+    if loads && guest.paging.load_registers(&new).is_err() {
         return guest.raise(Exception::GENERAL_PROTECTION);
     }
     guest.vcpu.set_control_registers(new);

@@ -254,18 +254,19 @@ impl Guest {
     /// This is the way of every exit: what it does not need must wait behind one comparison.
     #[inline]
     fn step(&mut self) -> Result<Progress, End> {
-        let root = match self.paging.prepare_entry() {
-            Ok(root) => root,
+        let change = match self.paging.prepare_entry() {
+            Ok(change) => change,
             Err(error) => {
                 self.shortage.resolve(self.paging.mmu(), error)?;
                 return Ok(Progress::Continues);
             }
         };
         let flush = self.paging.take_flush_request();
-        if root.change == RootChange::Changed {
-            self.vcpu.set_shadow_paging(root.paging);
+        if change == RootChange::Changed {
+            let paging = self.paging.root();
+            self.vcpu.set_shadow_paging(paging);
             self.vcpu.flush(Flush::All);
-            self.record(|| Event::Root(root.paging.root));
+            self.record(|| Event::Root(paging.root));
         } else if flush {
             self.vcpu.flush(Flush::All);
             self.record(|| Event::Flush);

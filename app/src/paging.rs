@@ -28,17 +28,16 @@ use crate::physical::{self, ENTRIES};
 pub struct Paging {
     mmu: Arc<Mmu<GuestHost>>,
     vcpu: PagingVcpu,
-    registers: PagingRegisters,
     code_page: Option<CodePage>,
     /// What the hardware walks since the last entry.
     root: ShadowPaging,
-    /// Pages of code that were found by walking as the hardware does, one for some roots each. Like
-    /// the processor's TLB they hold as long as nothing asks for a flush.
+    /// Pages of code that were found by walking as the hardware does. Like the processor's TLB they hold
+    /// as long as nothing asks for a flush.
     peeked: [Option<Peeked>; PEEKED],
 }
 
-/// Roots whose last page of code is kept.
-const PEEKED: usize = 4;
+/// How many pages of code are kept.
+const PEEKED: usize = 8;
 
 /// A page of code and where it is.
 #[derive(Clone, Copy)]
@@ -57,15 +56,6 @@ struct CodePage {
     frame: Gpa,
 }
 
-/// What the hardware must walk at the next entry.
-#[derive(Clone, Copy, Debug)]
-pub struct Root {
-    /// The shadow root.
-    pub paging: ShadowPaging,
-    /// Whether it is another one than at the last entry.
-    pub change: RootChange,
-}
-
 impl Paging {
     /// The view of a processor that has just been reset.
     ///
@@ -76,7 +66,6 @@ impl Paging {
         Ok(Self {
             mmu,
             vcpu,
-            registers: PagingRegisters::RESET,
             code_page: None,
             root: ShadowPaging {
                 root: Hpa::new(0),
@@ -102,12 +91,11 @@ impl Paging {
             cr3: Cr3::new(control.cr3),
             cr4: Cr4Flags::from_bits_retain(control.cr4),
             efer: EferFlags::from_bits_retain(control.efer),
-            pdptrs: self.registers.pdptrs,
+            pdptrs: self.vcpu.registers().pdptrs,
         };
         if registers.uses_pdptrs() {
             registers.pdptrs = self.mmu.read_pdptrs(registers.cr3)?;
         }
-        self.registers = registers;
         self.code_page = None;
         self.mmu.host().shrinks().pass(ShrinkPoint::Cr3);
         self.mmu.load_registers(&mut self.vcpu, registers);
@@ -125,11 +113,15 @@ impl Paging {
         self.mmu.set_pkru(&mut self.vcpu, rights);
     }
 
-    /// The root for the next entry.
+    /// Makes sure that the next entry has a root. Whether it is another one than at the last entry.
     ///
     /// # Errors
     /// [`MmuError`] if there is no page for it.
-    pub fn prepare_entry(&mut self) -> Result<Root, MmuError> {
+    #[inline]
+    pub fn prepare_entry(&mut self) -> Result<RootChange, MmuError> {
+        if self.mmu.is_prepared(&self.vcpu) {
+            return Ok(RootChange::Same);
+        }
         let entry = self.mmu.prepare_entry(&mut self.vcpu)?;
         let mode = match entry.mode {
             umbra_mmu::ShadowMode::Pae => ShadowMode::Pae,
@@ -140,10 +132,12 @@ impl Paging {
             root: entry.root,
             mode,
         };
-        Ok(Root {
-            paging: self.root,
-            change: entry.change,
-        })
+        Ok(entry.change)
+    }
+
+    /// What the hardware walks at the next entry, once that is prepared.
+    pub const fn root(&self) -> ShadowPaging {
+        self.root
     }
 
     /// Whether the MMU has asked for a flush since the last call.
@@ -313,7 +307,8 @@ impl CodeReader for Paging {
     #[inline]
     fn peek_code(&mut self, address: Gva) -> Option<u64> {
         let (root, page) = (self.root.root, address.page_base());
-        let place = Pfn::containing(root).as_u64() as usize % PEEKED;
+        let mixed = Pfn::containing(root).as_u64() ^ page.as_u64() >> 12;
+        let place = mixed as usize % PEEKED;
         let frame = match self.peeked[place] {
             Some(known) if known.page == page && known.root == root => known.frame,
             _ => {

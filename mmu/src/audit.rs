@@ -204,7 +204,7 @@ impl<H: Host> Core<'_, H> {
     fn audit_roots(&self) -> Result<(), String> {
         let mut counts = BTreeMap::<u32, u32>::new();
         for roots in self.state.vcpus.iter().flatten() {
-            for root in roots.current.iter().chain(roots.previous.iter().flatten()) {
+            for root in roots.iter() {
                 for id in root.pages.iter().flatten() {
                     *counts.entry(id.number()).or_default() += 1;
                 }

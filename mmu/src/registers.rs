@@ -39,8 +39,17 @@ impl Cr3 {
 
 /// The four page-directory-pointer-table entries that a processor keeps in registers under PAE
 /// paging (SDM vol. 3A 4.4.1).
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+#[derive(Clone, Copy, Eq, Debug, Default)]
 pub struct Pdptrs(pub [u64; 4]);
+
+impl PartialEq for Pdptrs {
+    /// Without a call to compare memory: most roots are compared only to find them equal.
+    #[inline]
+    fn eq(&self, other: &Self) -> bool {
+        let ([a, b, c, d], [e, f, g, h]) = (self.0, other.0);
+        (a ^ e) | (b ^ f) | (c ^ g) | (d ^ h) == 0
+    }
+}
 
 /// A present PAE page-directory-pointer-table entry has reserved bits set: the instruction that
 /// loads it raises #GP(0).
@@ -91,9 +100,9 @@ impl PagingRegisters {
         pdptrs: Pdptrs([0; 4]),
     };
 
-    /// Whether tables are read alike: the two differ in nothing but where the tables are, or in what
-    /// doesn't matter to paging.
-    pub(crate) fn same_rules(&self, other: &Self) -> bool {
+    /// What a change to `other` means for the reading of tables.
+    #[inline]
+    pub(crate) fn difference(&self, other: &Self) -> Difference {
         let cr0 = Cr0Flags::PAGING | Cr0Flags::WRITE_PROTECT;
         let cr4 = Cr4Flags::PAGE_SIZE_EXTENSION
             | Cr4Flags::PHYSICAL_ADDRESS_EXTENSION
@@ -102,9 +111,16 @@ impl PagingRegisters {
             | Cr4Flags::SUPERVISOR_MODE_ACCESS_PREVENTION
             | Cr4Flags::PROTECTION_KEY_USER;
         let efer = EferFlags::LONG_MODE_ENABLE | EferFlags::NO_EXECUTE_ENABLE;
-        !(self.cr0 ^ other.cr0).intersects(cr0)
-            && !(self.cr4 ^ other.cr4).intersects(cr4)
-            && !(self.efer ^ other.efer).intersects(efer)
+        let changed = (self.cr0 ^ other.cr0) & cr0;
+        if (self.cr4 ^ other.cr4).intersects(cr4) || (self.efer ^ other.efer).intersects(efer) {
+            Difference::Rules
+        } else if changed.is_empty() {
+            Difference::Tables
+        } else if changed == Cr0Flags::WRITE_PROTECT {
+            Difference::WriteProtection
+        } else {
+            Difference::Rules
+        }
     }
 
     /// Whether CR3 points to four pointers that a load of CR3 reads (PAE paging, not long mode).
@@ -113,6 +129,17 @@ impl PagingRegisters {
             && self.cr4.contains(Cr4Flags::PHYSICAL_ADDRESS_EXTENSION)
             && !self.efer.contains(EferFlags::LONG_MODE_ENABLE)
     }
+}
+
+/// In what two values of the paging registers differ.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Difference {
+    /// In nothing but where the tables are, or in what doesn't matter to paging.
+    Tables,
+    /// In CR0.WP besides.
+    WriteProtection,
+    /// In how tables are read.
+    Rules,
 }
 
 /// What an instruction does to memory.
@@ -345,6 +372,11 @@ impl GuestPaging {
             Format::Legacy => self.table = Gfn::new(registers.cr3.table().as_u64() & 0xf_ffff),
             Format::Long4 | Format::Long5 => self.table = registers.cr3.table(),
         }
+    }
+
+    /// Follows a change of CR0.WP.
+    pub const fn set_write_protection(&mut self, registers: &PagingRegisters) {
+        self.write_protect = registers.cr0.contains(Cr0Flags::WRITE_PROTECT);
     }
 
     /// The part of an address that translation looks at.

@@ -5,6 +5,7 @@
 
 use crate::error::MmuError;
 use crate::host::Host;
+use crate::lock::Ordering;
 use crate::page::{ActivePage, PageId};
 use crate::registers::{Format, GuestPaging, Pdptrs};
 use crate::role::{EntryFormat, Role, bits};
@@ -19,11 +20,19 @@ use umbra_vcpu::address::{Gfn, Gva, Hpa};
 pub(crate) const MAXIMUM_PREVIOUS: usize = 8;
 
 /// What makes two roots the same.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, Eq, Debug)]
 pub(crate) struct RootKey {
     pub role: Role,
     pub table: Gfn,
     pub pdptrs: Pdptrs,
+}
+
+impl PartialEq for RootKey {
+    /// The table first, in which most keys differ.
+    #[inline]
+    fn eq(&self, other: &Self) -> bool {
+        self.table == other.table && self.role == other.role && self.pdptrs == other.pdptrs
+    }
 }
 
 impl RootKey {
@@ -52,15 +61,82 @@ pub(crate) struct Root {
     /// How often the virtual CPU had flushed its translations when all that the root leads to was
     /// last up to date.
     pub synced: u64,
+    /// When it last became the current one, as [`VcpuRoots::switches`] counts.
+    used: u64,
 }
 
-/// The roots of one virtual CPU.
+/// The roots of one virtual CPU: one in use, and the previous ones.
 pub(crate) struct VcpuRoots {
-    pub current: Option<Root>,
-    /// The most recent first.
-    pub previous: [Option<Root>; MAXIMUM_PREVIOUS],
+    held: [Option<Root>; 1 + MAXIMUM_PREVIOUS],
+    /// The place of the one in use.
+    current: Option<usize>,
+    /// How often another root has become the current one.
+    switches: u64,
+    /// The epoch at which all of them were last found usable.
+    usable_at: Option<u64>,
     /// The page-directory-pointer table for use outside long mode.
     pub pointers: Hpa,
+}
+
+impl VcpuRoots {
+    /// None yet.
+    pub const fn new(pointers: Hpa) -> Self {
+        Self {
+            held: [None; 1 + MAXIMUM_PREVIOUS],
+            current: None,
+            switches: 0,
+            usable_at: None,
+            pointers,
+        }
+    }
+
+    /// All that are held.
+    pub fn iter(&self) -> impl Iterator<Item = &Root> {
+        self.held.iter().flatten()
+    }
+
+    #[inline]
+    fn current(&self) -> Option<&Root> {
+        self.held.get(self.current?)?.as_ref()
+    }
+
+    #[inline]
+    fn current_mut(&mut self) -> Option<&mut Root> {
+        self.held.get_mut(self.current?)?.as_mut()
+    }
+
+    /// Makes the root for `key` the current one, if it is among those held.
+    #[inline]
+    fn switch_to(&mut self, key: &RootKey) -> Option<RootChange> {
+        if self.current().is_some_and(|root| root.key == *key) {
+            return Some(RootChange::Same);
+        }
+        let mut places = self.held.iter();
+        let place = places.position(|root| root.as_ref().is_some_and(|root| root.key == *key))?;
+        self.use_place(place);
+        Some(RootChange::Changed)
+    }
+
+    #[inline]
+    fn use_place(&mut self, place: usize) {
+        self.current = Some(place);
+        self.switches += 1;
+        if let Some(root) = &mut self.held[place] {
+            root.used = self.switches;
+        }
+    }
+
+    /// Takes out the root that has not been the current one for the longest time, so that no more than
+    /// `keep` stay.
+    fn take_excess(&mut self, keep: usize) -> Option<Root> {
+        if self.iter().count() <= keep {
+            return None;
+        }
+        let oldest = self.held.iter_mut().filter(|root| root.is_some());
+        oldest
+            .min_by_key(|root| root.as_ref().map_or(0, |root| root.used))?
+            .take()
+    }
 }
 
 /// Which of a root's pages translates `gva`.
@@ -94,13 +170,13 @@ impl<H: Host> Core<'_, H> {
     /// The page that the hardware reads first for `gva`, where the current root is known to be good.
     #[inline]
     pub fn current_page(&self, vcpu: usize, format: Format, gva: Gva) -> Option<PageId> {
-        let root = self.state.vcpus[vcpu].as_ref()?.current.as_ref()?;
+        let root = self.state.vcpus[vcpu].as_ref()?.current()?;
         root.pages[first_index(format, gva)]
     }
 
     /// The page that the hardware reads first for `gva`, if the root is usable.
     pub fn root_page(&self, vcpu: usize, key: &RootKey, gva: Gva) -> Option<ActivePage> {
-        let root = self.state.vcpus[vcpu].as_ref()?.current.as_ref()?;
+        let root = self.state.vcpus[vcpu].as_ref()?.current()?;
         if root.key != *key {
             return None;
         }
@@ -117,21 +193,17 @@ impl<H: Host> Core<'_, H> {
         key: &RootKey,
         flushes: u64,
     ) -> Option<RootChange> {
+        // Whatever invalidates a root counts an epoch while it holds the lock.
+        let epoch = self.root_epoch.load(Ordering::Acquire);
         let roots = self.state.vcpus[vcpu].as_ref()?;
-        let current = roots.current.as_ref()?;
-        if !self.is_usable(current) {
-            return None;
+        if roots.usable_at != Some(epoch) {
+            if !roots.iter().all(|root| self.is_usable(root)) {
+                return None;
+            }
+            self.roots(vcpu).usable_at = Some(epoch);
         }
-        let mut change = RootChange::Same;
-        if current.key != *key {
-            let position = roots.previous.iter().position(|root| {
-                root.as_ref()
-                    .is_some_and(|root| root.key == *key && self.is_usable(root))
-            })?;
-            let roots = self.roots(vcpu);
-            core::mem::swap(&mut roots.current, &mut roots.previous[position]);
-            roots.previous[..=position].rotate_right(1);
-            change = RootChange::Changed;
+        let change = self.roots(vcpu).switch_to(key)?;
+        if change == RootChange::Changed {
             self.write_pointers(vcpu);
         }
         self.sync_current(vcpu, flushes);
@@ -146,27 +218,49 @@ impl<H: Host> Core<'_, H> {
         paging: &GuestPaging,
         flushes: u64,
     ) -> Result<RootChange, MmuError> {
+        self.release_unusable_roots(vcpu);
         if let Some(change) = self.use_cached_root(vcpu, key, flushes) {
             return Ok(change);
         }
+        let keep = self.config.previous_roots.min(MAXIMUM_PREVIOUS);
         let mut batch = Batch::new();
-        self.retire_current(vcpu, &mut batch);
-        let cached = self.take_previous(vcpu, key, &mut batch);
+        self.roots(vcpu).current = None;
+        while let Some(root) = self.roots(vcpu).take_excess(keep) {
+            self.release(&root, &mut batch);
+        }
         self.commit(batch);
-        let root = match cached {
-            Some(root) => root,
-            None => self.build_root(*key, paging, flushes)?,
-        };
-        self.roots(vcpu).current = Some(root);
+        let root = self.build_root(*key, paging, flushes)?;
+        let roots = self.roots(vcpu);
+        let place = roots.held.iter().position(Option::is_none);
+        let place = place.expect("one more root has a place than is kept");
+        roots.held[place] = Some(root);
+        roots.use_place(place);
         self.write_pointers(vcpu);
         self.sync_current(vcpu, flushes);
         Ok(RootChange::Changed)
     }
 
+    /// Lets go of the roots whose pages have been zapped or are obsolete.
+    fn release_unusable_roots(&mut self, vcpu: usize) {
+        let mut batch = Batch::new();
+        for place in 0..self.roots(vcpu).held.len() {
+            if let Some(root) = self.roots(vcpu).held[place]
+                && !self.is_usable(&root)
+            {
+                let roots = self.roots(vcpu);
+                roots.held[place] = None;
+                roots.current = roots.current.filter(|current| *current != place);
+                self.release(&root, &mut batch);
+            }
+        }
+        self.commit(batch);
+    }
+
     /// Brings up to date what the current root leads to.
+    #[inline]
     pub fn sync_current(&mut self, vcpu: usize, flushes: u64) {
         let any = self.state.pages.unsync().count() > 0;
-        let Some(root) = &mut self.roots(vcpu).current else {
+        let Some(root) = self.roots(vcpu).current_mut() else {
             return;
         };
         let synced = core::mem::replace(&mut root.synced, flushes);
@@ -180,7 +274,10 @@ impl<H: Host> Core<'_, H> {
     fn write_pointers(&mut self, vcpu: usize) {
         let roots = self.roots(vcpu);
         let pointers = roots.pointers;
-        let Some(root) = roots.current.filter(|root| !root.key.role.format.is_long()) else {
+        let Some(root) = roots
+            .current()
+            .filter(|root| !root.key.role.format.is_long())
+        else {
             return;
         };
         for (index, page) in root.pages.into_iter().enumerate() {
@@ -199,32 +296,34 @@ impl<H: Host> Core<'_, H> {
         gva: Gva,
         flushes: u64,
     ) -> bool {
-        let current = self.roots(vcpu).current;
-        let Some(root) = current
-            .filter(|root| root.key == *key && root.synced + 1 == flushes && self.is_usable(root))
+        let epoch = self.root_epoch.load(Ordering::Acquire);
+        let roots = self.roots(vcpu);
+        let is_usable = roots.usable_at == Some(epoch);
+        let Some(root) = roots
+            .current_mut()
+            .filter(|root| is_usable && root.key == *key && root.synced + 1 == flushes)
         else {
             return false;
         };
+        root.synced = flushes;
+        let pages = root.pages;
         let unsync = self.state.pages.unsync();
         if unsync.tables > 0 {
-            self.sync_within(root.pages.into_iter().flatten(), Reach::UpperTables);
+            self.sync_within(pages.into_iter().flatten(), Reach::UpperTables);
         }
         if unsync.leaves > 0
-            && let Some(page) = root.pages[first_index(key.role.format, gva)]
+            && let Some(page) = pages[first_index(key.role.format, gva)]
         {
             self.sync_address(page, gva);
         }
-        self.roots(vcpu).current = Some(Root {
-            synced: flushes,
-            ..root
-        });
         true
     }
 
     /// The hardware's address of the current root.
+    #[inline]
     pub fn root_address(&mut self, vcpu: usize, paging: &GuestPaging) -> Hpa {
         let roots = self.roots(vcpu);
-        match roots.current.and_then(|root| root.pages[0]) {
+        match roots.current().and_then(|root| root.pages[0]) {
             Some(page) if paging.format.is_long() => self.state.pages[page].frame,
             _ => roots.pointers,
         }
@@ -266,6 +365,7 @@ impl<H: Host> Core<'_, H> {
             key,
             pages,
             synced: flushes,
+            used: 0,
         })
     }
 
@@ -275,49 +375,17 @@ impl<H: Host> Core<'_, H> {
         }
     }
 
-    /// The current root becomes the most recent previous one, if it is any good.
-    fn retire_current(&mut self, vcpu: usize, batch: &mut Batch) {
-        let Some(root) = self.roots(vcpu).current.take() else {
-            return;
-        };
-        let keep = self.config.previous_roots.min(MAXIMUM_PREVIOUS);
-        if keep == 0 || !self.is_usable(&root) {
-            self.release(&root, batch);
-            return;
-        }
-        let previous = &mut self.roots(vcpu).previous;
-        let oldest = previous[keep - 1].take();
-        previous[..keep].rotate_right(1);
-        previous[0] = Some(root);
-        if let Some(oldest) = oldest {
-            self.release(&oldest, batch);
-        }
-    }
-
-    fn take_previous(&mut self, vcpu: usize, key: &RootKey, batch: &mut Batch) -> Option<Root> {
-        let position = self
-            .roots(vcpu)
-            .previous
-            .iter()
-            .position(|root| root.as_ref().is_some_and(|root| root.key == *key))?;
-        let root = self.roots(vcpu).previous[position].take()?;
-        self.roots(vcpu).previous[position..].rotate_left(1);
-        if self.is_usable(&root) {
-            return Some(root);
-        }
-        self.release(&root, batch);
-        None
-    }
-
     /// Lets go of all previous roots of all virtual CPUs; whether there were any.
     pub fn release_previous_roots(&mut self, batch: &mut Batch) -> bool {
         let mut any = false;
         for vcpu in 0..self.state.vcpus.len() {
-            for position in 0..MAXIMUM_PREVIOUS {
+            for place in 0..=MAXIMUM_PREVIOUS {
                 let Some(roots) = self.state.vcpus[vcpu].as_mut() else {
                     break;
                 };
-                if let Some(root) = roots.previous[position].take() {
+                if roots.current != Some(place)
+                    && let Some(root) = roots.held[place].take()
+                {
                     any = true;
                     self.release(&root, batch);
                 }
@@ -329,9 +397,9 @@ impl<H: Host> Core<'_, H> {
     /// Lets go of all roots of one virtual CPU.
     pub fn release_all_roots(&mut self, vcpu: usize, batch: &mut Batch) {
         let roots = self.roots(vcpu);
-        let (current, previous) = (roots.current.take(), roots.previous);
-        roots.previous = [None; MAXIMUM_PREVIOUS];
-        for root in current.into_iter().chain(previous.into_iter().flatten()) {
+        roots.current = None;
+        let held = core::mem::replace(&mut roots.held, [None; 1 + MAXIMUM_PREVIOUS]);
+        for root in held.into_iter().flatten() {
             self.release(&root, batch);
         }
     }

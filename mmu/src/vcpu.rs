@@ -9,11 +9,11 @@ use crate::host::{Host, Zone};
 use crate::lock::Ordering;
 use crate::mmu::Mmu;
 use crate::registers::{
-    Cr3, Format, GuestPaging, HardwareControls, InvalidPdpte, PagingRegisters, Pdptrs, Pkru,
-    ShadowMode,
+    Cr3, Difference, Format, GuestPaging, HardwareControls, InvalidPdpte, PagingRegisters, Pdptrs,
+    Pkru, ShadowMode,
 };
 use crate::role::bits;
-use crate::root::{MAXIMUM_PREVIOUS, RootKey, VcpuRoots};
+use crate::root::{RootKey, VcpuRoots};
 use crate::zap::Batch;
 use alloc::vec::Vec;
 use umbra_vcpu::address::{Gfn, Gva, Hpa};
@@ -94,12 +94,7 @@ impl<H: Host> Mmu<H> {
             .ok_or(MmuError::OutOfMemory)?;
         let registers = PagingRegisters::RESET;
         let paging = GuestPaging::new(&registers, Pkru(0), self.config.features);
-        let roots = VcpuRoots {
-            current: None,
-            previous: [None; MAXIMUM_PREVIOUS],
-            pointers,
-        };
-        let Some(index) = self.enter(roots) else {
+        let Some(index) = self.enter(VcpuRoots::new(pointers)) else {
             self.host.free(pointers);
             return Err(MmuError::OutOfMemory);
         };
@@ -163,15 +158,23 @@ impl<H: Host> Mmu<H> {
     /// Takes over the guest's paging registers after any of them was written. Like every such write
     /// this flushes the guest's TLB, which takes effect with the next [`Mmu::prepare_entry`].
     pub fn load_registers(&self, vcpu: &mut Vcpu, registers: PagingRegisters) {
-        let old = core::mem::replace(&mut vcpu.registers, registers);
+        let difference = vcpu.registers.difference(&registers);
+        vcpu.registers = registers;
         vcpu.flushes += 1;
-        if old.same_rules(&registers) {
-            vcpu.paging.set_table(&registers);
-            if vcpu.root_key.set_table(&vcpu.paging) {
+        match difference {
+            Difference::Tables => {
+                vcpu.paging.set_table(&registers);
+                if vcpu.root_key.set_table(&vcpu.paging) {
+                    vcpu.root_epoch = None;
+                }
+            }
+            Difference::WriteProtection => {
+                vcpu.paging.set_table(&registers);
+                vcpu.paging.set_write_protection(&registers);
+                vcpu.root_key = RootKey::of(&vcpu.paging);
                 vcpu.root_epoch = None;
             }
-        } else {
-            self.renew(vcpu);
+            Difference::Rules => self.renew(vcpu),
         }
     }
 
@@ -213,7 +216,15 @@ impl<H: Host> Mmu<H> {
         })
     }
 
-    /// Makes sure that the virtual CPU has a root. Call it before every entry into the guest.
+    /// Whether [`Mmu::prepare_entry`] would find nothing to do.
+    #[inline]
+    pub fn is_prepared(&self, vcpu: &Vcpu) -> bool {
+        vcpu.root_epoch == Some(self.root_epoch.load(Ordering::Acquire))
+            && vcpu.synced == vcpu.flushes
+    }
+
+    /// Makes sure that the virtual CPU has a root. Call it before every entry into the guest, unless
+    /// [`Mmu::is_prepared`].
     ///
     /// # Errors
     /// See [`MmuError`]; the call can be repeated.

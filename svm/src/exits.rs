@@ -8,7 +8,7 @@ use umbra_vcpu::exit::{
 use umbra_vcpu::instruction::iced_x86::{Instruction, Mnemonic, Register};
 use umbra_vcpu::instruction::{decode, memory_operand};
 use umbra_vcpu::registers::{CodeWidth, ControlRegisters, Gpr, SegmentRegister};
-use umbra_vcpu::{CodeReader, PrivilegeLevel, Vcpu, VcpuExt};
+use umbra_vcpu::{CodeReader, PrivilegeLevel, Vcpu};
 use x86_64::structures::idt::PageFaultErrorCode;
 
 use crate::capability::{Features, efer};
@@ -402,7 +402,11 @@ impl SvmVcpu {
         let code = code.peek_code(Gva::new(self.registers.rip))?;
         let (register, length) = decode::move_control(code, is_write)?;
         self.next_rip = Some(self.registers.rip.wrapping_add(length));
-        Some(self.general_access(is_write, register))
+        Some(if is_write {
+            ControlAccess::Write(self.registers.get(register))
+        } else {
+            ControlAccess::Read(register)
+        })
     }
 
     fn general_access(&self, is_write: bool, register: Gpr) -> ControlAccess {

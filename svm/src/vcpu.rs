@@ -14,7 +14,8 @@ use umbra_vcpu::registers::{
     SegmentRegister,
 };
 use umbra_vcpu::{
-    CodeReader, EntryFailure, Flush, MsrError, ShadowMode, ShadowPaging, TimeSlice, Vcpu,
+    CodeReader, EntryFailure, Flush, MsrError, PrivilegeLevel, ShadowMode, ShadowPaging, TimeSlice,
+    Vcpu,
 };
 use x86_64::instructions::interrupts;
 use x86_64::registers::rflags::RFlags;
@@ -29,12 +30,18 @@ use crate::vmcb::{
 };
 
 const CR0_PE: u64 = 1 << 0;
+const CR0_TS: u64 = 1 << 3;
 const CR0_ET: u64 = 1 << 4;
 const CR0_WP: u64 = 1 << 16;
 const CR0_NW: u64 = 1 << 29;
 const CR0_CD: u64 = 1 << 30;
 const CR0_PG: u64 = 1 << 31;
+/// The bits of CR0 that nothing else is derived from and no rule combines with anything.
+const CR0_SIMPLE: u64 = CR0_TS | CR0_WP;
 const CR4_PAE: u64 = 1 << 5;
+const CR4_PGE: u64 = 1 << 7;
+/// The bits of CR4 that nothing else is derived from and no rule combines with anything.
+const CR4_SIMPLE: u64 = CR4_PGE;
 const CR4_LA57: u64 = 1 << 12;
 const CR4_VMXE: u64 = 1 << 13;
 const CR4_OSXSAVE: u64 = 1 << 18;
@@ -105,11 +112,16 @@ impl CheckedControl {
     /// clear what was set before.
     fn is_news(&mut self, cr0: u64, cr4: u64, efer: u64) -> bool {
         let combined = (cr0 & (CR0_PE | CR0_PG), cr4 & CR4_PAE, efer);
-        let is_known =
-            cr0 & !self.cr0_bits == 0 && cr4 & !self.cr4_bits == 0 && combined == self.combined;
+        let is_known = combined == self.combined;
+        self.combined = combined;
+        self.has_new_bits(cr0, cr4) || !is_known
+    }
+
+    /// Takes over bits that no rule combines with others, and tells whether any was never set.
+    fn has_new_bits(&mut self, cr0: u64, cr4: u64) -> bool {
+        let is_known = cr0 & !self.cr0_bits == 0 && cr4 & !self.cr4_bits == 0;
         self.cr0_bits |= cr0;
         self.cr4_bits |= cr4;
-        self.combined = combined;
         !is_known
     }
 }
@@ -149,6 +161,11 @@ pub(crate) enum StepReason {
     InterruptShadow,
     /// SMSW reads bits of CR0 that the hardware has like the guest.
     StoreMachineStatus,
+}
+
+/// What the hardware has in CR0.
+const fn hardware_cr0(guest: u64) -> u64 {
+    (guest | CR0_ET | CR0_WP | CR0_PG) & !(CR0_CD | CR0_NW)
 }
 
 impl SvmVcpu {
@@ -324,7 +341,7 @@ impl SvmVcpu {
         let guest = self.control;
         let paging = self.paging;
         let efer_bits = self.core.capabilities.efer_bits;
-        let cr0 = (guest.cr0 | CR0_ET | CR0_WP | CR0_PG) & !(CR0_CD | CR0_NW);
+        let cr0 = hardware_cr0(guest.cr0);
         let mut cr4 =
             (guest.cr4 | CR4_PAE) & !(CR4_LA57 | CR4_PCIDE | CR4_VMXE | CR4_PKE | CR4_CET);
         if paging.mode == ShadowMode::FiveLevel {
@@ -363,6 +380,29 @@ impl SvmVcpu {
         let invalid_opcode = 1 << vector::INVALID_OPCODE;
         if (intercepted ^ self.intercepted_exceptions()) & invalid_opcode != 0 {
             self.usual_events = false;
+        }
+    }
+
+    /// The same after a change of nothing but [`CR0_SIMPLE`].
+    fn update_cr0(&mut self) {
+        let guest = self.control.cr0;
+        let cr0 = hardware_cr0(guest);
+        let vmcb = self.vmcb_mut();
+        vmcb.save.cr0 = cr0;
+        let reads = &mut vmcb.control.intercept_cr_reads;
+        *reads = *reads & !1 | u16::from(cr0 != guest);
+        if self.checked.has_new_bits(cr0, 0) {
+            self.unchecked = true;
+        }
+    }
+
+    /// The same after a change of nothing but [`CR4_SIMPLE`], which the hardware gets as it is.
+    fn update_cr4(&mut self) {
+        let simple = self.control.cr4 & CR4_SIMPLE;
+        let cr4 = &mut self.vmcb_mut().save.cr4;
+        *cr4 = *cr4 & !CR4_SIMPLE | simple;
+        if self.checked.has_new_bits(0, simple) {
+            self.unchecked = true;
         }
     }
 
@@ -522,6 +562,10 @@ impl Vcpu for SvmVcpu {
         self.vmcb_mut().save.idtr = table_field(table);
     }
 
+    fn privilege_level(&self) -> PrivilegeLevel {
+        PrivilegeLevel::from_bits(self.vmcb().save.cpl)
+    }
+
     fn control_registers(&self) -> ControlRegisters {
         ControlRegisters {
             cr2: Gva::new(self.vmcb().save.cr2),
@@ -530,14 +574,20 @@ impl Vcpu for SvmVcpu {
     }
 
     fn set_control_registers(&mut self, registers: ControlRegisters) {
-        let derived_from = |control: &ControlRegisters| (control.cr0, control.cr4, control.efer);
-        let changes = derived_from(&self.control) != derived_from(&registers);
-        self.control = registers;
-        if changes {
+        let old = core::mem::replace(&mut self.control, registers);
+        let cr0 = old.cr0 ^ registers.cr0;
+        let cr4 = old.cr4 ^ registers.cr4;
+        if (cr0 & !CR0_SIMPLE) | (cr4 & !CR4_SIMPLE) | (old.efer ^ registers.efer) != 0 {
             self.update_control_registers();
-        } else {
-            self.vmcb_mut().save.cr2 = registers.cr2.as_u64();
+            return;
         }
+        if cr0 != 0 {
+            self.update_cr0();
+        }
+        if cr4 != 0 {
+            self.update_cr4();
+        }
+        self.vmcb_mut().save.cr2 = registers.cr2.as_u64();
     }
 
     fn set_shadow_paging(&mut self, paging: ShadowPaging) {
@@ -633,6 +683,10 @@ impl Vcpu for SvmVcpu {
 
     fn flush(&mut self, flush: Flush) {
         self.reload = true;
+        if flush == Flush::All {
+            self.flush = PendingFlush::All;
+            return;
+        }
         self.flush = match (flush, self.flush) {
             (Flush::All, _) | (_, PendingFlush::All) => PendingFlush::All,
             (Flush::Page(page), PendingFlush::Nothing) => PendingFlush::Pages {

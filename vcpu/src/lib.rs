@@ -57,6 +57,10 @@ pub trait Vcpu {
     /// Loads the interrupt descriptor table register.
     fn set_idtr(&mut self, table: DescriptorTable);
 
+    /// The current privilege level: that of the stack segment (SDM vol. 3A 5.5, and the rule by
+    /// which both vendors save it on exits).
+    fn privilege_level(&self) -> PrivilegeLevel;
+
     /// What the guest sees in its control registers.
     fn control_registers(&self) -> ControlRegisters;
 
@@ -243,12 +247,6 @@ impl PrivilegeLevel {
 
 /// What follows from a guest's registers together.
 pub trait VcpuExt: Vcpu {
-    /// The current privilege level: that of the stack segment (SDM vol. 3A 5.5, and the rule by
-    /// which both vendors save it on exits).
-    fn privilege_level(&self) -> PrivilegeLevel {
-        PrivilegeLevel::from_bits(self.segment(SegmentRegister::Ss).privilege_level())
-    }
-
     /// How wide the code is that runs now.
     fn code_width(&self) -> CodeWidth {
         let control = self.control_registers();

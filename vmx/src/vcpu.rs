@@ -20,7 +20,9 @@ use umbra_vcpu::host::{HostMemory, PageBlock, PageBlockError};
 use umbra_vcpu::registers::{
     ControlRegisters, DescriptorTable, Registers, Segment, SegmentAttributes, SegmentRegister,
 };
-use umbra_vcpu::{CodeReader, EntryFailure, Flush, MsrError, ShadowPaging, TimeSlice, Vcpu};
+use umbra_vcpu::{
+    CodeReader, EntryFailure, Flush, MsrError, PrivilegeLevel, ShadowPaging, TimeSlice, Vcpu,
+};
 use x86_64::instructions::interrupts;
 use x86_64::registers::control::Cr4Flags;
 use x86_64::registers::rflags::RFlags;
@@ -450,6 +452,22 @@ impl Vcpu for VmxVcpu {
             vmcs.write(fields::GUEST_IDTR_LIMIT, u32::from(table.limit));
         });
         self.pending.insert(Pending::CHECK);
+    }
+
+    fn privilege_level(&self) -> PrivilegeLevel {
+        let attributes = self.real_mode.map_or_else(
+            || {
+                self.with_vmcs(|vmcs| {
+                    vmcs.read(fields::guest_segment(SegmentRegister::Ss).access_rights)
+                })
+            },
+            |real_mode| {
+                real_mode.segments[SegmentRegister::Ss as usize]
+                    .attributes
+                    .bits()
+            },
+        );
+        PrivilegeLevel::from_bits((attributes >> 5) as u8)
     }
 
     fn control_registers(&self) -> ControlRegisters {

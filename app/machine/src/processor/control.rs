@@ -58,15 +58,15 @@ pub const fn loads_pdptes(before: &ControlRegisters, after: &ControlRegisters) -
         && ((before.cr0 ^ after.cr0) & cr0 != 0 || (before.cr4 ^ after.cr4) & cr4 != 0)
 }
 
-/// MOV to CR0 (SDM vol. 3A 2.5 and 4.1.2); `code_segment` is CS, whose L bit matters when paging
-/// starts or ends.
+/// MOV to CR0 (SDM vol. 3A 2.5 and 4.1.2); `code_segment` gives CS, whose L bit matters when paging
+/// starts or ends in a guest with long mode.
 ///
 /// # Errors
 /// #GP(0) for a value that the architecture refuses.
 pub fn write_cr0(
     current: &ControlRegisters,
     value: u64,
-    code_segment: &Segment,
+    code_segment: impl Fn() -> Segment,
 ) -> Result<ControlRegisters, Exception> {
     if value >> 32 != 0 {
         return Err(GENERAL_PROTECTION);
@@ -74,7 +74,7 @@ pub fn write_cr0(
     // Reserved bits of the low half are ignored; ET is fixed to 1.
     let new = Cr0Flags::from_bits_truncate(value) | Cr0Flags::EXTENSION_TYPE;
     let old = Cr0Flags::from_bits_truncate(current.cr0);
-    let code_64 = code_segment.attributes.contains(SegmentAttributes::LONG);
+    let code_64 = || code_segment().attributes.contains(SegmentAttributes::LONG);
     let invalid = new.contains(Cr0Flags::PAGING) && !new.contains(Cr0Flags::PROTECTED_MODE_ENABLE)
         || new.contains(Cr0Flags::NOT_WRITE_THROUGH) && !new.contains(Cr0Flags::CACHE_DISABLE);
     if invalid {
@@ -85,13 +85,13 @@ pub fn write_cr0(
     let starts = !old.contains(Cr0Flags::PAGING) && new.contains(Cr0Flags::PAGING);
     let ends = old.contains(Cr0Flags::PAGING) && !new.contains(Cr0Flags::PAGING);
     if starts && efer.contains(EferFlags::LONG_MODE_ENABLE) {
-        if !cr4.contains(Cr4Flags::PHYSICAL_ADDRESS_EXTENSION) || code_64 {
+        if !cr4.contains(Cr4Flags::PHYSICAL_ADDRESS_EXTENSION) || code_64() {
             return Err(GENERAL_PROTECTION);
         }
         efer |= EferFlags::LONG_MODE_ACTIVE;
     }
     if ends {
-        let in_64_bit_mode = efer.contains(EferFlags::LONG_MODE_ACTIVE) && code_64;
+        let in_64_bit_mode = efer.contains(EferFlags::LONG_MODE_ACTIVE) && code_64();
         if in_64_bit_mode || cr4.contains(Cr4Flags::PCID) {
             return Err(GENERAL_PROTECTION);
         }
@@ -143,38 +143,54 @@ pub fn write_cr3(
     Ok((registers, translations))
 }
 
-/// The bits of CR4 that the guest may set.
-pub fn writable_cr4(features: &GuestFeatures) -> Cr4Flags {
-    let needs = [
-        (Cr4Flags::VIRTUAL_8086_MODE_EXTENSIONS, Features::VME),
-        (Cr4Flags::PROTECTED_MODE_VIRTUAL_INTERRUPTS, Features::VME),
-        (Cr4Flags::TIMESTAMP_DISABLE, Features::TSC),
-        (Cr4Flags::DEBUGGING_EXTENSIONS, Features::DE),
-        (Cr4Flags::PAGE_SIZE_EXTENSION, Features::PSE),
-        (Cr4Flags::PHYSICAL_ADDRESS_EXTENSION, Features::PAE),
-        (Cr4Flags::MACHINE_CHECK_EXCEPTION, Features::MCE),
-        (Cr4Flags::PAGE_GLOBAL, Features::PGE),
-        (Cr4Flags::OSFXSR, Features::FXSR),
-        (Cr4Flags::OSXMMEXCPT_ENABLE, Features::SSE),
-        (Cr4Flags::USER_MODE_INSTRUCTION_PREVENTION, Features::UMIP),
-        (Cr4Flags::L5_PAGING, Features::LA57),
-        (Cr4Flags::FSGSBASE, Features::FSGSBASE),
-        (Cr4Flags::PCID, Features::PCID),
-        (Cr4Flags::OSXSAVE, Features::XSAVE),
-        (
-            Cr4Flags::SUPERVISOR_MODE_EXECUTION_PROTECTION,
-            Features::SMEP,
-        ),
-        (Cr4Flags::SUPERVISOR_MODE_ACCESS_PREVENTION, Features::SMAP),
-        (Cr4Flags::PROTECTION_KEY_USER, Features::PKU),
-    ];
-    needs
-        .into_iter()
-        .filter(|(_, feature)| features.has(*feature))
-        .map(|(flag, _)| flag)
-        .fold(Cr4Flags::PERFORMANCE_MONITOR_COUNTER, |all, flag| {
-            all | flag
-        })
+/// The feature that each bit of CR4 needs.
+const CR4_NEEDS: [(Cr4Flags, Features); 19] = [
+    (Cr4Flags::VIRTUAL_8086_MODE_EXTENSIONS, Features::VME),
+    (Cr4Flags::PROTECTED_MODE_VIRTUAL_INTERRUPTS, Features::VME),
+    (Cr4Flags::TIMESTAMP_DISABLE, Features::TSC),
+    (Cr4Flags::DEBUGGING_EXTENSIONS, Features::DE),
+    (Cr4Flags::PAGE_SIZE_EXTENSION, Features::PSE),
+    (Cr4Flags::PHYSICAL_ADDRESS_EXTENSION, Features::PAE),
+    (Cr4Flags::MACHINE_CHECK_EXCEPTION, Features::MCE),
+    (Cr4Flags::PAGE_GLOBAL, Features::PGE),
+    (Cr4Flags::OSFXSR, Features::FXSR),
+    (Cr4Flags::OSXMMEXCPT_ENABLE, Features::SSE),
+    (Cr4Flags::USER_MODE_INSTRUCTION_PREVENTION, Features::UMIP),
+    (Cr4Flags::L5_PAGING, Features::LA57),
+    (Cr4Flags::FSGSBASE, Features::FSGSBASE),
+    (Cr4Flags::PCID, Features::PCID),
+    (Cr4Flags::OSXSAVE, Features::XSAVE),
+    (
+        Cr4Flags::SUPERVISOR_MODE_EXECUTION_PROTECTION,
+        Features::SMEP,
+    ),
+    (Cr4Flags::SUPERVISOR_MODE_ACCESS_PREVENTION, Features::SMAP),
+    (Cr4Flags::PROTECTION_KEY_USER, Features::PKU),
+    (Cr4Flags::PERFORMANCE_MONITOR_COUNTER, Features::empty()),
+];
+
+/// The feature that the bit of CR4 with this number needs; `None` for a reserved one.
+static CR4_BITS: [Option<Features>; 64] = {
+    let mut bits = [None; 64];
+    let mut place = 0;
+    while place < CR4_NEEDS.len() {
+        let (flag, feature) = CR4_NEEDS[place];
+        bits[flag.bits().trailing_zeros() as usize] = Some(feature);
+        place += 1;
+    }
+    bits
+};
+
+/// Whether the guest may set these bits of CR4.
+fn may_set_cr4(mut bits: u64, features: &GuestFeatures) -> bool {
+    while bits != 0 {
+        let allowed = CR4_BITS[bits.trailing_zeros() as usize];
+        if !allowed.is_some_and(|feature| features.has(feature)) {
+            return false;
+        }
+        bits &= bits - 1;
+    }
+    true
 }
 
 /// MOV to CR4 (SDM vol. 3A 2.5 and 4.1.2).
@@ -186,7 +202,8 @@ pub fn write_cr4(
     value: u64,
     features: &GuestFeatures,
 ) -> Result<ControlRegisters, Exception> {
-    if value & !writable_cr4(features).bits() != 0 {
+    // What is set already was allowed.
+    if !may_set_cr4(value & !current.cr4, features) {
         return Err(GENERAL_PROTECTION);
     }
     let new = Cr4Flags::from_bits_retain(value);
@@ -324,12 +341,11 @@ mod tests {
 
     #[test]
     fn cr0_combinations() {
-        assert_eq!(write_cr0(&RESET, PG, &code_32()), Err(GP));
-        assert_eq!(write_cr0(&RESET, PE | NW, &code_32()), Err(GP));
-        assert!(write_cr0(&RESET, PE | NW | CD, &code_32()).is_ok());
-        assert_eq!(write_cr0(&RESET, PE | 1 << 32, &code_32()), Err(GP));
-        let ignored =
-            write_cr0(&RESET, PE | 0xffc0, &code_32()).expect("reserved bits are ignored");
+        assert_eq!(write_cr0(&RESET, PG, code_32), Err(GP));
+        assert_eq!(write_cr0(&RESET, PE | NW, code_32), Err(GP));
+        assert!(write_cr0(&RESET, PE | NW | CD, code_32).is_ok());
+        assert_eq!(write_cr0(&RESET, PE | 1 << 32, code_32), Err(GP));
+        let ignored = write_cr0(&RESET, PE | 0xffc0, code_32).expect("reserved bits are ignored");
         assert_eq!(ignored.cr0, PE | 0x10, "and ET stays set");
     }
 
@@ -340,13 +356,13 @@ mod tests {
             efer: LME,
             ..RESET
         };
-        let after = write_cr0(&before, PG | PE, &code_32()).expect("allowed");
+        let after = write_cr0(&before, PG | PE, code_32).expect("allowed");
         assert_eq!(after.efer, LME | LMA);
-        assert_eq!(write_cr0(&before, PG | PE, &code_64()), Err(GP), "CS.L");
+        assert_eq!(write_cr0(&before, PG | PE, code_64), Err(GP), "CS.L");
         let without_pae = ControlRegisters { cr4: 0, ..before };
-        assert_eq!(write_cr0(&without_pae, PG | PE, &code_32()), Err(GP));
+        assert_eq!(write_cr0(&without_pae, PG | PE, code_32), Err(GP));
         let legacy = ControlRegisters { efer: 0, ..before };
-        let after = write_cr0(&legacy, PG | PE, &code_32()).expect("allowed");
+        let after = write_cr0(&legacy, PG | PE, code_32).expect("allowed");
         assert_eq!(after.efer, 0);
         assert!(pae_paging(&after));
         assert!(loads_pdptes(&legacy, &after));
@@ -354,14 +370,14 @@ mod tests {
 
     #[test]
     fn paging_ends_in_compatibility_mode_only() {
-        assert_eq!(write_cr0(&long_mode(), PE, &code_64()), Err(GP));
-        let after = write_cr0(&long_mode(), PE, &code_32()).expect("allowed");
+        assert_eq!(write_cr0(&long_mode(), PE, code_64), Err(GP));
+        let after = write_cr0(&long_mode(), PE, code_32).expect("allowed");
         assert_eq!(after.efer, LME);
         let with_pcid = ControlRegisters {
             cr4: PAE | PCIDE,
             ..long_mode()
         };
-        assert_eq!(write_cr0(&with_pcid, PE, &code_32()), Err(GP));
+        assert_eq!(write_cr0(&with_pcid, PE, code_32), Err(GP));
     }
 
     #[test]
@@ -486,7 +502,7 @@ mod tests {
                 let value = value & mask & 0x8000_0000_f007_0fff;
                 let segment = if code { code_64() } else { code_32() };
                 let next = match register {
-                    0 => write_cr0(&control, value, &segment),
+                    0 => write_cr0(&control, value, || segment),
                     1 => write_cr4(&control, value, &FEATURES),
                     2 => write_efer(&control, value, &FEATURES),
                     _ => write_cr3(&control, value, &FEATURES).map(|(control, _)| control),
