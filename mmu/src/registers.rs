@@ -46,8 +46,8 @@ impl PartialEq for Pdptrs {
     /// Without a call to compare memory: most roots are compared only to find them equal.
     #[inline]
     fn eq(&self, other: &Self) -> bool {
-        let ([a, b, c, d], [e, f, g, h]) = (self.0, other.0);
-        (a ^ e) | (b ^ f) | (c ^ g) | (d ^ h) == 0
+        let differences = self.0.iter().zip(other.0).map(|(own, other)| own ^ other);
+        differences.fold(0, |all, difference| all | difference) == 0
     }
 }
 

@@ -58,7 +58,7 @@ enum Register {
 }
 
 /// The register at a port and the number of its byte.
-fn register_at(port: u16) -> Option<(Register, usize)> {
+const fn register_at(port: u16) -> Option<(Register, usize)> {
     let (register, first) = match port {
         0x600..=0x601 => (Register::Status, EVENT_PORT),
         0x602..=0x603 => (Register::Enable, EVENT_PORT + 2),
@@ -66,11 +66,11 @@ fn register_at(port: u16) -> Option<(Register, usize)> {
         TIMER_PORT..=LAST_TIMER_PORT => (Register::Timer, TIMER_PORT),
         _ => return None,
     };
-    Some((register, usize::from(port - first)))
+    Some((register, (port - first) as usize))
 }
 
 /// Whether the device answers at `port`.
-pub fn owns(port: u16) -> bool {
+pub const fn owns(port: u16) -> bool {
     port == COMMAND_PORT || register_at(port).is_some()
 }
 

@@ -181,15 +181,22 @@ impl Machine {
 
     /// Passes a rise of the interval timer's output on. Guests count time by these ticks, and a host
     /// that pauses lets several come due at once, so each waits until the last was taken.
-    fn deliver_tick(&mut self) {
-        if !self.pit.has_rises() || self.is_tick_waiting() || !self.pit.take_rise() {
-            return;
+    /// Returns whether it did.
+    #[inline]
+    pub(super) fn deliver_tick(&mut self) -> bool {
+        self.pit.has_rises() && self.deliver_rise()
+    }
+
+    fn deliver_rise(&mut self) -> bool {
+        if self.is_tick_waiting() || !self.pit.take_rise() {
+            return false;
         }
         if !self.is_unmasked(pit::IRQ) {
             self.pit.forget_rises();
         }
         self.set_line(pit::IRQ, Level::Low);
         self.set_line(pit::IRQ, Level::High);
+        true
     }
 
     /// Whether no processor has yet taken the interval timer's last interrupt.

@@ -141,7 +141,7 @@ enum PortDevice {
     Keyboard,
 }
 
-fn device_at(port: u16) -> Option<PortDevice> {
+const fn find_device(port: u16) -> Option<PortDevice> {
     Some(match port {
         pic::MASTER_COMMAND_PORT
         | pic::MASTER_DATA_PORT
@@ -162,6 +162,28 @@ fn device_at(port: u16) -> Option<PortDevice> {
         _ if power_management::owns(port) => PortDevice::PowerManagement,
         _ => return None,
     })
+}
+
+/// The ports of [`DEVICES`]: all devices but the PCI configuration space lie below.
+const TABLED_PORTS: u16 = 0x800;
+
+/// [`find_device`], looked up.
+static DEVICES: [Option<PortDevice>; TABLED_PORTS as usize] = {
+    let mut devices = [None; TABLED_PORTS as usize];
+    let mut port = 0;
+    while port < TABLED_PORTS {
+        devices[port as usize] = find_device(port);
+        port += 1;
+    }
+    devices
+};
+
+#[inline]
+fn device_at(port: u16) -> Option<PortDevice> {
+    match DEVICES.get(usize::from(port)) {
+        Some(device) => *device,
+        None => find_device(port),
+    }
 }
 
 impl Machine {
@@ -308,13 +330,14 @@ impl Machine {
     pub fn tells_time(port: u16, width: IoWidth) -> bool {
         let tells = |port| {
             matches!(
-                port,
-                pit::PORT
-                    ..=pit::CONTROL_PORT
-                        | pit::SYSTEM_CONTROL_PORT
-                        | rtc::INDEX_PORT
-                        | rtc::DATA_PORT
-            ) || power_management::owns(port)
+                device_at(port),
+                Some(
+                    PortDevice::Pit
+                        | PortDevice::SystemControl
+                        | PortDevice::Rtc
+                        | PortDevice::PowerManagement
+                )
+            )
         };
         match width {
             IoWidth::Byte => tells(port),
@@ -445,7 +468,7 @@ impl Machine {
 
     fn read_byte(&mut self, device: PortDevice, port: u16) -> u8 {
         match device {
-            PortDevice::Pic => self.pic.read(port),
+            PortDevice::Pic => self.access_pic(|pic| pic.read(port)),
             PortDevice::Pit => self.pit.read(port),
             PortDevice::SystemControl => self.pit.read_system_control(),
             // The index cannot be read.
@@ -468,13 +491,7 @@ impl Machine {
 
     fn write_byte(&mut self, device: PortDevice, port: u16, value: u8) {
         match device {
-            PortDevice::Pic => {
-                let masks = self.pic.masks();
-                self.pic.write(port, value);
-                if self.pic.masks() != masks {
-                    self.touch_timers();
-                }
-            }
+            PortDevice::Pic => self.access_pic(|pic| pic.write(port, value)),
             PortDevice::Pit => {
                 self.touch_timers();
                 self.pit.write(port, value);
@@ -518,13 +535,13 @@ impl Machine {
     /// Carries on what an access to a device can have changed.
     fn update_after(&mut self, device: PortDevice) {
         match device {
-            PortDevice::Pic => self.update_controllers(),
             PortDevice::Pit
             | PortDevice::Rtc
             | PortDevice::PowerManagement
             | PortDevice::Serial => self.update_lines(),
-            // These have no line; how they end the guest is noted at once.
-            PortDevice::SystemControl
+            // These have no line; what else they change is noted at once.
+            PortDevice::Pic
+            | PortDevice::SystemControl
             | PortDevice::DebugExit
             | PortDevice::FwCfg
             | PortDevice::ResetControl
@@ -532,6 +549,21 @@ impl Machine {
             | PortDevice::PciData
             | PortDevice::Keyboard => {}
         }
+    }
+
+    /// Accesses the i8259 pair, which changes no device's output: the processors look up only if the
+    /// pair's own changes.
+    #[inline]
+    fn access_pic<R>(&mut self, access: impl FnOnce(&mut Pic) -> R) -> R {
+        let (masks, pending) = (self.pic.masks(), self.pic.is_pending());
+        let result = access(&mut self.pic);
+        if self.pic.masks() != masks {
+            self.touch_timers();
+        }
+        if self.deliver_tick() || self.pic.is_pending() != pending {
+            self.update_processors();
+        }
+        result
     }
 
     /// Remembers the first way in which the guest ended itself.
