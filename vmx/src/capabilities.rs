@@ -146,9 +146,15 @@ impl Capabilities {
             Some(capability) => Some(capability.select(SecondaryControls::empty(), optional)?),
             None => None,
         };
+        // Only an active timer can be saved.
+        let timer = pin.contains(PinControls::PREEMPTION_TIMER);
         let mut exit = exit_capability.select(
             ExitControls::HOST_ADDRESS_SPACE_SIZE | ExitControls::SAVE_DEBUG_CONTROLS,
-            ExitControls::LOAD_EFER,
+            if timer {
+                ExitControls::LOAD_EFER | ExitControls::SAVE_PREEMPTION_TIMER
+            } else {
+                ExitControls::LOAD_EFER
+            },
         )?;
         let mut entry = entry_capability
             .select(EntryControls::LOAD_DEBUG_CONTROLS, EntryControls::LOAD_EFER)?;
@@ -159,7 +165,6 @@ impl Capabilities {
             exit.remove(ExitControls::LOAD_EFER);
             entry.remove(EntryControls::LOAD_EFER);
         }
-        let timer = pin.contains(PinControls::PREEMPTION_TIMER);
         Ok(Self {
             revision: basic as u32 & 0x7fff_ffff,
             pin,

@@ -89,6 +89,7 @@ controls! {
         SAVE_DEBUG_CONTROLS = 2, "save debug controls";
         HOST_ADDRESS_SPACE_SIZE = 9, "host address-space size";
         LOAD_EFER = 21, "load IA32_EFER";
+        SAVE_PREEMPTION_TIMER = 22, "save VMX-preemption timer value";
     }
 }
 

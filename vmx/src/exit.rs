@@ -57,6 +57,11 @@ pub mod reason {
 /// Bit 31 of the exit reason: the entry failed, nothing ran.
 const ENTRY_FAILURE: u32 = 1 << 31;
 
+/// Whether the processor refused to enter the guest, by the exit reason with its flags.
+pub const fn is_entry_failure(reason: u32) -> bool {
+    reason & ENTRY_FAILURE != 0
+}
+
 /// In the exit qualification of I/O: a string instruction (SDM vol. 3C table 28-5).
 const STRING_IO: u64 = 1 << 4;
 
@@ -133,11 +138,6 @@ impl RawExit {
         self.reason as u16
     }
 
-    /// Whether the processor refused to enter the guest.
-    pub const fn is_entry_failure(&self) -> bool {
-        self.reason & ENTRY_FAILURE != 0
-    }
-
     /// The length of the instruction that asked for a task switch; 0 if none did, but an interrupt or
     /// an exception (SDM vol. 3C 28.2.5).
     const fn task_instruction_length(&self) -> u64 {
@@ -211,7 +211,6 @@ pub fn decode(raw: &RawExit, registers: &Registers, guest: &mut impl GuestView) 
         reason::INVLPG => Exit::InvalidatePage(Gva::new(raw.qualification)),
         reason::RDPMC => Exit::ReadPerformanceCounter,
         reason::RDTSC | reason::RDTSCP => Exit::ReadTsc,
-        reason::VMCALL => Exit::Hypercall,
         reason::GETSEC
         | reason::VMCLEAR..=reason::VMXON
         | reason::INVEPT
@@ -241,14 +240,71 @@ const fn task_switch_source(qualification: u64) -> TaskSwitchSource {
     }
 }
 
-/// Decodes the exits that have no other fields and cannot interrupt the delivery of an event: the
-/// most frequent ones, and the fast way through the driver.
+/// Decodes the most frequent exits, which are over with at most the exit qualification and cannot
+/// interrupt the delivery of an event: the fast way through the driver. [`decode`] knows all.
+#[inline]
+pub fn decode_quickly(
+    reason: u32,
+    registers: &Registers,
+    qualification: impl FnOnce() -> u64,
+) -> Option<Exit> {
+    match u16::try_from(reason).ok()? {
+        reason::IO => {
+            let qualification = qualification();
+            (qualification & STRING_IO == 0)
+                .then(|| Exit::Io(io_access(qualification, IoOperand::Accumulator)))
+        }
+        reason::CONTROL_REGISTER => quick_control_register(qualification(), registers),
+        reason::INVLPG => Some(Exit::InvalidatePage(Gva::new(qualification()))),
+        _ => decode_plain(reason, registers),
+    }
+}
+
+/// Whether an exit of this reason comes before an instruction, which then has a length.
+#[inline]
+pub const fn is_before_instruction(reason: u32) -> bool {
+    !matches!(
+        reason as u16,
+        reason::EXTERNAL_INTERRUPT | reason::INTERRUPT_WINDOW | reason::PREEMPTION_TIMER
+    )
+}
+
+/// MOV to and from a control register, but for values whose upper half counts in 64-bit code only.
+fn quick_control_register(qualification: u64, registers: &Registers) -> Option<Exit> {
+    let register = control_register(qualification)?;
+    let gpr = Gpr::from_encoding((qualification >> 8) as u8);
+    match (qualification >> 4) & 3 {
+        0 => {
+            let value = registers.get(gpr);
+            (value >> 32 == 0).then_some(Exit::WriteControlRegister { register, value })
+        }
+        1 => Some(Exit::ReadControlRegister {
+            register,
+            target: gpr,
+        }),
+        _ => None,
+    }
+}
+
+/// The register that an exit for an access to control registers names.
+const fn control_register(qualification: u64) -> Option<ControlRegister> {
+    Some(match qualification & 0xf {
+        0 => ControlRegister::Cr0,
+        3 => ControlRegister::Cr3,
+        4 => ControlRegister::Cr4,
+        8 => ControlRegister::Cr8,
+        _ => return None,
+    })
+}
+
+/// Decodes the exits that have no other fields.
 #[inline]
 pub fn decode_plain(reason: u32, registers: &Registers) -> Option<Exit> {
     let ecx = registers.get(Gpr::Rcx) as u32;
     // With a flag bit set, the number is no plain reason.
     Some(match u16::try_from(reason).ok()? {
         reason::CPUID => Exit::Cpuid,
+        reason::VMCALL => Exit::Hypercall,
         reason::HLT => Exit::Halt,
         reason::RDMSR => Exit::ReadMsr(ecx),
         reason::WRMSR => Exit::WriteMsr {
@@ -290,12 +346,8 @@ fn decode_control_register(raw: &RawExit, registers: &Registers, guest: &impl Gu
     /// MP, EM and TS: LMSW loads them; PE it can only set.
     const LMSW_LOADS: u64 = 0b1110;
     const LMSW_SOURCE: u64 = 0b1111;
-    let register = match raw.qualification & 0xf {
-        0 => ControlRegister::Cr0,
-        3 => ControlRegister::Cr3,
-        4 => ControlRegister::Cr4,
-        8 => ControlRegister::Cr8,
-        _ => return unknown(raw),
+    let Some(register) = control_register(raw.qualification) else {
+        return unknown(raw);
     };
     let gpr = Gpr::from_encoding((raw.qualification >> 8) as u8);
     match (raw.qualification >> 4) & 3 {
@@ -329,13 +381,7 @@ fn decode_control_register(raw: &RawExit, registers: &Registers, guest: &impl Gu
 
 /// SDM vol. 3C table 28-5.
 fn decode_io(raw: &RawExit, guest: &mut impl GuestView) -> Exit {
-    const IN: u64 = 1 << 3;
     const REP: u64 = 1 << 5;
-    let width = match raw.qualification & 7 {
-        0 => IoWidth::Byte,
-        1 => IoWidth::Word,
-        _ => IoWidth::DoubleWord,
-    };
     let operand = if raw.qualification & STRING_IO == 0 {
         IoOperand::Accumulator
     } else {
@@ -349,16 +395,26 @@ fn decode_io(raw: &RawExit, guest: &mut impl GuestView) -> Exit {
             address_width: guest.io_address_width(raw.instruction_information),
         }
     };
-    Exit::Io(IoAccess {
-        port: (raw.qualification >> 16) as u16,
-        width,
-        direction: if raw.qualification & IN == 0 {
+    Exit::Io(io_access(raw.qualification, operand))
+}
+
+#[inline]
+const fn io_access(qualification: u64, operand: IoOperand) -> IoAccess {
+    const IN: u64 = 1 << 3;
+    IoAccess {
+        port: (qualification >> 16) as u16,
+        width: match qualification & 7 {
+            0 => IoWidth::Byte,
+            1 => IoWidth::Word,
+            _ => IoWidth::DoubleWord,
+        },
+        direction: if qualification & IN == 0 {
             IoDirection::Out
         } else {
             IoDirection::In
         },
         operand,
-    })
+    }
 }
 
 /// The address size in bits 9:7 of the instruction information of INS and OUTS
@@ -649,6 +705,7 @@ mod tests {
             (7, Exit::InterruptWindow),
             (10, Exit::Cpuid),
             (12, Exit::Halt),
+            (18, Exit::Hypercall),
             (31, Exit::ReadMsr(0)),
             (52, Exit::TimeSliceEnd),
         ] {
@@ -664,6 +721,39 @@ mod tests {
         }
         assert_eq!(decode_plain(ENTRY_FAILURE | 0xa, &registers), None);
         assert_eq!(decode_plain(28, &registers), None);
+    }
+
+    #[test]
+    fn quick_decoding_says_what_the_other_says_or_nothing() {
+        let mut registers = Registers::default();
+        registers.set(Gpr::Rbx, 0x8005_0033);
+        registers.set(Gpr::R9, 1 << 32);
+        for number in [0, 1, 10, 14, 18, 28, 30, 32, ENTRY_FAILURE | 0x1c] {
+            for low in 0..0x1000_u64 {
+                let qualification = 0x3f8 << 16 | low;
+                let raw = RawExit {
+                    reason: number,
+                    qualification,
+                    ..RawExit::default()
+                };
+                let quick = decode_quickly(number, &registers, || qualification);
+                let wide = Gpr::R9 as u64;
+                let may_be_left = number & ENTRY_FAILURE != 0
+                    || number == 0
+                    || number == 30 && low & STRING_IO != 0
+                    || number == 28
+                        && (super::control_register(low).is_none()
+                            || low >> 5 & 1 != 0
+                            || low & 0x30 == 0 && low >> 8 == wide);
+                assert_eq!(quick.is_none(), may_be_left, "{number} {low:#x}");
+                if let Some(quick) = quick {
+                    let mut guest = Guest {
+                        width: CodeWidth::Bits32,
+                    };
+                    assert_eq!(quick, decode(&raw, &registers, &mut guest));
+                }
+            }
+        }
     }
 
     #[test]

@@ -113,6 +113,7 @@ impl Vmx {
                 _region: region,
                 msr_bitmap: bitmap,
                 current: Cell::new(None),
+                entered: Cell::new(None),
                 extended: RefCell::new(ExtendedStateOwner::new(save_method())),
                 bank: BankOwner::new(has_rdtscp()),
                 vpids: RefCell::new(VpidAllocator::new()),
@@ -187,6 +188,8 @@ pub(crate) struct Core {
     _region: PageBlock,
     pub(crate) msr_bitmap: PageBlock,
     current: Cell<Option<Hpa>>,
+    /// The VMCS of the vCPU that was entered last, while the processor holds all that belongs to it.
+    entered: Cell<Option<Hpa>>,
     extended: RefCell<ExtendedStateOwner>,
     pub(crate) bank: BankOwner,
     vpids: RefCell<VpidAllocator>,
@@ -234,6 +237,21 @@ impl Core {
         if self.current.get() == Some(vmcs) {
             self.current.set(None);
         }
+        if self.entered.get() == Some(vmcs) {
+            self.entered.set(None);
+        }
+    }
+
+    /// Whether the vCPU with this VMCS was entered last, and the processor still holds its pass-through
+    /// registers and its extended state.
+    #[inline]
+    pub(crate) fn is_entered(&self, vmcs: Hpa) -> bool {
+        self.entered.get() == Some(vmcs)
+    }
+
+    /// Notes that the processor holds all that belongs to the vCPU with this VMCS.
+    pub(crate) fn set_entered(&self, vmcs: Hpa) {
+        self.entered.set(Some(vmcs));
     }
 
     /// A virtual processor identifier that nobody uses, without translations of an earlier user.
@@ -268,6 +286,7 @@ impl Core {
     /// # Safety
     /// As [`Core::acquire_extended_state`].
     pub(crate) unsafe fn suspend_extended_state(&self, state: NonNull<ExtendedState>) {
+        self.entered.set(None);
         let mut owner = self.extended.borrow_mut();
         // SAFETY: the registers may be switched within; the state's life is the caller's promise.
         self.with_extended_registers(|| unsafe { owner.suspend(state) });

@@ -143,6 +143,23 @@ impl CurrentVmcs {
         W::narrow(value)
     }
 
+    /// Reads a field that every processor with VMX has, on the way of every exit: cannot fail, and is
+    /// not checked.
+    #[inline]
+    pub fn read_certain<W: Width, A: crate::fields::Access>(&self, field: Field<W, A>) -> W::Value {
+        let value: u64;
+        // SAFETY: a VMCS is current, so VMREAD does nothing but set registers.
+        unsafe {
+            asm!(
+                "vmread {value}, {field}",
+                value = out(reg) value,
+                field = in(reg) field.encoding(),
+                options(nostack, nomem)
+            );
+        }
+        W::narrow(value)
+    }
+
     /// Writes a field. What a wrong value does is decided at the next VM entry, by whoever holds the
     /// `unsafe` of the entry.
     ///

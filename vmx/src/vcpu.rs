@@ -10,6 +10,7 @@
 use alloc::boxed::Box;
 use alloc::rc::Rc;
 use core::arch::x86_64::_rdtsc;
+use core::cell::Cell;
 use core::ptr::NonNull;
 
 use umbra_vcpu::address::Gva;
@@ -60,6 +61,10 @@ const fn intercepted_exceptions(guest_cr4: u64) -> u32 {
 /// them back while the guest was entered with RFLAGS.IF clear and has not changed it.
 const LONGEST_RUN: u64 = 1 << 22;
 
+/// Where exits save the preemption timer, it is wound up with every so many entries only: what the host
+/// does between delays the end of the time slice.
+const TIMER_ENTRIES: u8 = 16;
+
 /// In pending debug exceptions and in DR6: a single step (SDM vol. 3C table 25-4, vol. 3B 18.2.3).
 const SINGLE_STEP: u64 = 1 << 14;
 
@@ -78,6 +83,10 @@ pub struct VmxVcpu {
     instruction_end: Option<u64>,
     /// When the time slice ends, in ticks of the host's time-stamp counter.
     deadline: Option<u64>,
+    /// The guest's CR0 and CR4 in the VMCS, as far as they were read since the last exit.
+    hardware: Cell<Option<(u64, u64)>>,
+    /// Entries until the preemption timer is wound up anew.
+    timer_entries: u8,
     launch: EntryKind,
     written: Written,
     host_rsp: u64,
@@ -116,7 +125,6 @@ struct Written {
     checked_cr4: u64,
     primary: u32,
     exceptions: u32,
-    timer: u32,
     entry: u32,
     host_fs_base: u64,
 }
@@ -167,6 +175,8 @@ impl VmxVcpu {
             real_mode: None,
             instruction_end: None,
             deadline: None,
+            hardware: Cell::new(None),
+            timer_entries: 0,
             launch: EntryKind::Launch,
             written: Written::default(),
             host_rsp: 0,
@@ -248,6 +258,8 @@ impl VmxVcpu {
             vmcs.write(fields::VMCS_LINK_POINTER, u64::MAX);
             vmcs.write(fields::CR0_MASK, !paging::CR0_GUEST_OWNED);
             vmcs.write(fields::CR4_MASK, !paging::CR4_GUEST_OWNED);
+            vmcs.write(fields::CR0_READ_SHADOW, written.control.cr0_shadow);
+            vmcs.write(fields::CR4_READ_SHADOW, written.control.cr4_shadow);
             vmcs.write(fields::GUEST_DEBUGCTL, 0);
             vmcs.write(fields::GUEST_DR7, 0x400);
             vmcs.write(fields::GUEST_ACTIVITY_STATE, 0);
@@ -341,8 +353,12 @@ impl VmxVcpu {
             // nothing itself.
             return;
         }
-        let (cr0, cr4) =
-            self.with_vmcs(|vmcs| (vmcs.read(fields::GUEST_CR0), vmcs.read(fields::GUEST_CR4)));
+        let (cr0, cr4) = self.hardware.get().unwrap_or_else(|| {
+            let read =
+                self.with_vmcs(|vmcs| (vmcs.read(fields::GUEST_CR0), vmcs.read(fields::GUEST_CR4)));
+            self.hardware.set(Some(read));
+            read
+        });
         control.cr0 = merge(control.cr0, cr0, paging::CR0_GUEST_OWNED);
         control.cr4 = merge(control.cr4, cr4, paging::CR4_GUEST_OWNED);
     }
@@ -562,6 +578,7 @@ impl Vcpu for VmxVcpu {
         if self.core.capabilities.preemption_timer_shift.is_none() {
             return TimeSlice::HostTimer;
         }
+        self.timer_entries = 0;
         // SAFETY: every processor with VMX has the counter.
         self.deadline = ticks.map(|ticks| unsafe { _rdtsc() }.saturating_add(ticks));
         TimeSlice::Hardware

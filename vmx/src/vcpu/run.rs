@@ -17,12 +17,12 @@ use x86_64::registers::control::{Cr0Flags, Cr4Flags};
 use x86_64::registers::rflags::RFlags;
 
 use super::{
-    EferSide, LONGEST_RUN, Pending, SINGLE_STEP, VmxVcpu, intercepted_exceptions, merge,
-    read_segment, read_table, write_efer_entry,
+    EferSide, LONGEST_RUN, Pending, SINGLE_STEP, TIMER_ENTRIES, VmxVcpu, intercepted_exceptions,
+    merge, read_segment, read_table, write_efer_entry,
 };
 use crate::capabilities::Capabilities;
 use crate::check::{self, GuestState, Interruptibility, Rules};
-use crate::controls::{EntryControls, PrimaryControls};
+use crate::controls::{EntryControls, ExitControls, PrimaryControls};
 use crate::entry::{self, EntryKind};
 use crate::event::{Injection, is_fault};
 use crate::exit::{self, GuestView, RawExit, reason};
@@ -40,40 +40,74 @@ impl VmxVcpu {
     ) -> Result<(), EntryFailure> {
         let vmcs = self.current();
         self.instruction_end = None;
-        self.write_control_registers(&vmcs)?;
-        if self.real_mode.is_some() || self.pending.contains(Pending::CHECK) {
-            if !self.is_enterable() {
-                stop.exit = self.not_enterable(&vmcs);
-                stop.rip = self.registers.rip;
-                return Ok(());
+        let is_usual = self.pending.is_empty()
+            && self.real_mode.is_none()
+            && self.events.is_empty()
+            && self.written.primary == self.core.capabilities.primary.bits();
+        let mut event = None;
+        if !is_usual {
+            match self.prepare(&vmcs)? {
+                Prepared::Enterable(injected) => event = injected,
+                Prepared::NotEnterable(exit) => {
+                    stop.exit = exit;
+                    stop.rip = self.registers.rip;
+                    return Ok(());
+                }
             }
-            self.write_real_mode(&vmcs);
         }
-        if self.pending.contains(Pending::CHECK) {
-            check::check(&self.guest_state(&vmcs), &self.rules())?;
-            self.pending.remove(Pending::CHECK);
-        }
-        let event = self.inject(&vmcs);
         self.write_changed_fields(&vmcs);
+        self.hardware.set(None);
         let entered = self.enter(&vmcs);
-        let reason = vmcs.read(fields::EXIT_REASON);
-        if entered && let Some(exit) = exit::decode_plain(reason, &self.registers) {
-            self.launch = EntryKind::Resume;
-            self.read_back(&vmcs);
-            stop.rip = self.registers.rip;
-            stop.exit = self.note(exit);
-            return Ok(());
-        }
-        let raw = RawExit::read(&vmcs, reason);
-        if !entered || raw.is_entry_failure() {
-            return Err(self.entry_refused(&vmcs, event, entered.then_some(raw)));
+        let reason = vmcs.read_certain(fields::EXIT_REASON);
+        if !entered || exit::is_entry_failure(reason) {
+            let raw = entered.then(|| RawExit::read(&vmcs, reason));
+            return Err(self.entry_refused(&vmcs, event, raw));
         }
         self.launch = EntryKind::Resume;
         self.read_back(&vmcs);
+        stop.rip = self.registers.rip;
+        let qualification = || vmcs.read_certain(fields::EXIT_QUALIFICATION);
+        if let Some(exit) = exit::decode_quickly(reason, &self.registers, qualification) {
+            if exit::is_before_instruction(reason) {
+                let length = vmcs.read_certain(fields::EXIT_INSTRUCTION_LENGTH);
+                self.instruction_end = Some(stop.rip.wrapping_add(length.into()));
+                stop.exit = exit;
+            } else {
+                stop.exit = self.note(exit);
+            }
+            return Ok(());
+        }
+        let raw = RawExit::read(&vmcs, reason);
         self.account_for_interrupted_event(&raw);
         stop.exit = self.conclude(&vmcs, &raw, code);
         stop.rip = self.registers.rip;
         Ok(())
+    }
+
+    /// Does what an entry needs besides the registers, which is nothing most of the time.
+    #[inline(never)]
+    fn prepare(&mut self, vmcs: &CurrentVmcs) -> Result<Prepared, EntryFailure> {
+        self.write_control_registers(vmcs)?;
+        if self.real_mode.is_some() || self.pending.contains(Pending::CHECK) {
+            if !self.is_enterable() {
+                return Ok(Prepared::NotEnterable(self.not_enterable(vmcs)));
+            }
+            self.write_real_mode(vmcs);
+        }
+        if self.pending.contains(Pending::CHECK) {
+            check::check(&self.guest_state(vmcs), &self.rules())?;
+            self.pending.remove(Pending::CHECK);
+        }
+        let event = self.inject(vmcs);
+        if self.pending.contains(Pending::FLUSH) {
+            self.pending.remove(Pending::FLUSH);
+            if let Some(vpid) = self.vpid {
+                // SAFETY: identifiers are given out only with this type of INVVPID.
+                let flushed = unsafe { instructions::invvpid(vpid, Invvpid::SingleContext) };
+                assert!(flushed.is_ok(), "INVVPID of a vCPU's own identifier failed");
+            }
+        }
+        Ok(Prepared::Enterable(event))
     }
 
     /// Derives the hardware's control registers and writes those that changed.
@@ -99,11 +133,21 @@ impl VmxVcpu {
         let old = self.written.control;
         let new =
             HardwareControl::derive(&self.control, paging, capabilities.cr0, capabilities.cr4);
-        // Always, because the guest changes the bits that it owns without an exit.
-        vmcs.write(fields::GUEST_CR0, new.cr0);
-        vmcs.write(fields::GUEST_CR4, new.cr4);
-        vmcs.write(fields::CR0_READ_SHADOW, new.cr0_shadow);
-        vmcs.write(fields::CR4_READ_SHADOW, new.cr4_shadow);
+        // The guest changes the bits that it owns without an exit.
+        let (cr0, cr4) = self.hardware.get().unzip();
+        if cr0 != Some(new.cr0) {
+            vmcs.write(fields::GUEST_CR0, new.cr0);
+        }
+        if cr4 != Some(new.cr4) {
+            vmcs.write(fields::GUEST_CR4, new.cr4);
+        }
+        if old.cr0_shadow != new.cr0_shadow {
+            vmcs.write(fields::CR0_READ_SHADOW, new.cr0_shadow);
+        }
+        if old.cr4_shadow != new.cr4_shadow {
+            vmcs.write(fields::CR4_READ_SHADOW, new.cr4_shadow);
+        }
+        self.hardware.set(Some((new.cr0, new.cr4)));
         let exceptions = if self.real_mode.is_some() {
             u32::MAX
         } else {
@@ -216,23 +260,13 @@ impl VmxVcpu {
         if written.interruptibility != interruptibility {
             vmcs.write(fields::GUEST_INTERRUPTIBILITY, interruptibility);
         }
-        let host_fs_base = host::fs_base();
-        write_if_changed(written.host_fs_base, host_fs_base, |value| {
-            vmcs.write(fields::HOST_FS_BASE, value);
-        });
         written.rip = self.registers.rip;
         written.rsp = rsp;
         written.rflags = rflags;
         written.interruptibility = interruptibility;
-        written.host_fs_base = host_fs_base;
-        self.write_time_slice(vmcs);
-        if self.pending.contains(Pending::FLUSH) {
-            self.pending.remove(Pending::FLUSH);
-            if let Some(vpid) = self.vpid {
-                // SAFETY: identifiers are given out only with this type of INVVPID.
-                let flushed = unsafe { instructions::invvpid(vpid, Invvpid::SingleContext) };
-                assert!(flushed.is_ok(), "INVVPID of a vCPU's own identifier failed");
-            }
+        match self.timer_entries.checked_sub(1) {
+            Some(left) => self.timer_entries = left,
+            None => self.write_time_slice(vmcs),
         }
     }
 
@@ -263,6 +297,7 @@ impl VmxVcpu {
 
     /// Winds up the preemption timer. Without a time slice, it only sees to it that the host gets
     /// its interrupts (see [`LONGEST_RUN`]).
+    #[inline(never)]
     fn write_time_slice(&mut self, vmcs: &CurrentVmcs) {
         let Some(shift) = self.core.capabilities.preemption_timer_shift else {
             return;
@@ -272,18 +307,18 @@ impl VmxVcpu {
             let left = deadline.saturating_sub(unsafe { _rdtsc() });
             left.min(LONGEST_RUN)
         });
-        let timer = (ticks >> shift) as u32;
-        if self.written.timer != timer {
-            vmcs.write(fields::PREEMPTION_TIMER_VALUE, timer);
-            self.written.timer = timer;
+        vmcs.write(fields::PREEMPTION_TIMER_VALUE, (ticks >> shift) as u32);
+        let exit = self.core.capabilities.exit;
+        if exit.contains(ExitControls::SAVE_PREEMPTION_TIMER) {
+            self.timer_entries = TIMER_ENTRIES;
         }
     }
 
     /// Enters the guest and comes back. Returns whether the processor took the instruction.
-    fn enter(&mut self, _vmcs: &CurrentVmcs) -> bool {
-        // SAFETY: the state is leaked memory of this vCPU, released and freed by its drop.
-        unsafe { self.core.acquire_extended_state(self.extended) };
-        self.core.bank.acquire(&self.bank);
+    fn enter(&mut self, vmcs: &CurrentVmcs) -> bool {
+        if !self.core.is_entered(self.vmcs.physical_address()) {
+            self.take_processor(vmcs);
+        }
         // Without CR4.OSXSAVE the guest can neither read XCR0 nor use what it controls.
         let xcr0 = if self.control.cr4 & Cr4Flags::OSXSAVE.bits() == 0 {
             None
@@ -316,14 +351,29 @@ impl VmxVcpu {
         status == entry::ENTRY_DONE
     }
 
+    /// Takes over what the processor holds of another guest, or of nobody.
+    #[inline(never)]
+    fn take_processor(&mut self, vmcs: &CurrentVmcs) {
+        // SAFETY: the state is leaked memory of this vCPU, released and freed by its drop.
+        unsafe { self.core.acquire_extended_state(self.extended) };
+        self.core.bank.acquire(&self.bank);
+        // A vCPU stays in its task, and the host changes this base only with the task.
+        let base = host::fs_base();
+        if self.written.host_fs_base != base {
+            vmcs.write(fields::HOST_FS_BASE, base);
+            self.written.host_fs_base = base;
+        }
+        self.core.set_entered(self.vmcs.physical_address());
+    }
+
     /// Copies out what every exit changes.
     fn read_back(&mut self, vmcs: &CurrentVmcs) {
         let old_flags = self.registers.rflags;
-        self.registers.rip = vmcs.read(fields::GUEST_RIP);
-        self.registers.rflags = vmcs.read(fields::GUEST_RFLAGS);
-        let rsp = vmcs.read(fields::GUEST_RSP);
+        self.registers.rip = vmcs.read_certain(fields::GUEST_RIP);
+        self.registers.rflags = vmcs.read_certain(fields::GUEST_RFLAGS);
+        let rsp = vmcs.read_certain(fields::GUEST_RSP);
         self.registers.set(Gpr::Rsp, rsp);
-        let interruptibility = vmcs.read(fields::GUEST_INTERRUPTIBILITY);
+        let interruptibility = vmcs.read_certain(fields::GUEST_INTERRUPTIBILITY);
         self.interruptibility = Interruptibility::from_bits_retain(interruptibility);
         self.written.rip = self.registers.rip;
         self.written.rflags = self.registers.rflags;
@@ -410,6 +460,7 @@ impl VmxVcpu {
             Exit::HostInterrupt => unsafe { asm!("sti", "nop", "cli") },
             Exit::InterruptWindow => self.pending.remove(Pending::WINDOW),
             Exit::TimeSliceEnd => {
+                self.timer_entries = 0;
                 // SAFETY: every processor with VMX has the counter.
                 let now = unsafe { _rdtsc() };
                 if self.deadline.is_none_or(|deadline| now < deadline) {
@@ -483,6 +534,14 @@ impl VmxVcpu {
             injection: vmcs.read(fields::ENTRY_INTERRUPTION_INFORMATION),
         }
     }
+}
+
+/// What [`VmxVcpu::prepare`] has found.
+enum Prepared {
+    /// The guest can be entered, and this event is delivered to it then.
+    Enterable(Option<Event>),
+    /// It cannot, and the caller sees this instead.
+    NotEnterable(Exit),
 }
 
 #[inline]
