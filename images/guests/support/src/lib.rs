@@ -6,7 +6,8 @@
 //! comments rest on three facts:
 //!
 //! 1. There is one processor and no interrupt is enabled, so nothing runs beside us. (Where
-//!    [`interrupts`] lets interrupts in, only its handler runs, which touches nothing but its own counters.)
+//!    [`interrupts`] lets interrupts in, only its handler runs, which touches nothing but its own counters. Where [`smp`] starts more processors, they share
+//!    only atomics, and `Global`s that nobody writes any more.)
 //! 2. The first 32 MiB are identity-mapped whenever paging is on; the image lies below
 //!    [`memory::FREE_START`], and tests write only at or above it or in their own windows.
 //! 3. Every exception lands in [`trap`], which comes back to the innermost [`trap::catch`].
@@ -31,6 +32,8 @@ pub mod mmio;
 pub mod paging;
 #[cfg(target_arch = "x86_64")]
 pub mod registers;
+#[cfg(target_arch = "x86_64")]
+pub mod smp;
 #[cfg(target_arch = "x86_64")]
 pub mod sparse;
 pub mod tables;

@@ -101,6 +101,12 @@ pub fn init() {
     set_task_word(36, (&raw const IST_STACK) as usize + IST_STACK_BYTES);
     // No I/O permission bitmap.
     store::<u16>((&raw const TASK) as usize + 102, 104);
+    load();
+    load_task(103);
+}
+
+/// Makes this processor use our GDT and IDT; it has no TSS then.
+pub fn load() {
     load_gdt(gdt_pointer());
     load_idt(idt_pointer());
     // SAFETY: the GDT's selectors are the ones that code and stack already run with in effect.
@@ -114,7 +120,6 @@ pub fn init() {
         asm!("mov ds, {0:x}", "mov es, {0:x}", "mov ss, {0:x}", "mov fs, {1:x}", "mov gs, {1:x}",
             in(reg) KERNEL_DATA, in(reg) 0_u16);
     }
-    load_task(103);
 }
 
 const GDT_LIMIT: u16 = (size_of::<Gdt>() - 1) as u16;
