@@ -118,7 +118,8 @@ pub(crate) struct ShadowPage {
     pub unsync_below: u64,
     /// The next page of the same batch, or of those that are being brought up to date.
     pub next_in_batch: Option<PageId>,
-    next_same_gfn: Option<PageId>,
+    /// Among the active pages that belong to the same guest frame.
+    same_gfn: Links,
     /// On the list of orphans.
     orphan: bool,
     list: Links,
@@ -158,7 +159,7 @@ impl Default for ShadowPage {
             occupied: 0,
             unsync_below: 0,
             next_in_batch: None,
-            next_same_gfn: None,
+            same_gfn: Links::default(),
             orphan: false,
             list: Links::default(),
             orphan_list: Links::default(),
@@ -364,14 +365,14 @@ impl PageTable {
         let mut at = self.first_of(gfn);
         core::iter::from_fn(move || {
             let id = at?;
-            at = self[id].next_same_gfn;
+            at = self.next_same_gfn(id);
             Some(id)
         })
     }
 
     #[inline]
     pub fn next_same_gfn(&self, id: PageId) -> Option<PageId> {
-        self[id].next_same_gfn
+        self[id].same_gfn.next
     }
 
     /// Makes a new page, the newest, and enters it into list and hash. `same_gfn` is the first of the
@@ -389,8 +390,14 @@ impl PageTable {
         shadow.generation = page.generation;
         shadow.state = PageState::Active;
         if let Some(first) = same_gfn {
-            self[id].next_same_gfn = self[first].next_same_gfn;
-            self[first].next_same_gfn = Some(id);
+            let next = self[first].same_gfn.next.replace(id);
+            self[id].same_gfn = Links {
+                previous: Some(first),
+                next,
+            };
+            if let Some(next) = next {
+                self[next].same_gfn.previous = Some(id);
+            }
         } else {
             let pages = &self.pages;
             self.by_gfn
@@ -410,35 +417,28 @@ impl PageTable {
         }
         self.set_sync(id);
         unlink(&mut self.pages, &mut self.active, id, |page| &mut page.list);
-        let gfn = self[id].gfn;
-        let next = self[id].next_same_gfn.take();
-        let pages = &mut self.pages;
-        match self
-            .by_gfn
-            .find_mut(hash(gfn), |other| pages[other.number()].gfn == gfn)
-        {
-            Some(first) if *first == id => match next {
-                Some(next) => *first = next,
-                None => {
-                    if let Ok(entry) = self.by_gfn.find_entry(hash(gfn), |other| *other == id) {
-                        entry.remove();
-                    }
-                }
-            },
-            Some(first) => {
-                let mut before = *first;
-                while let Some(after) = pages[before.number()].next_same_gfn {
-                    if after == id {
-                        pages[before.number()].next_same_gfn = next;
-                        break;
-                    }
-                    before = after;
-                }
-            }
-            None => debug_assert!(false, "an active page was not in the hash"),
-        }
+        self.leave_hash(id);
         self[id].state = state;
         self.note_orphan(id);
+    }
+
+    fn leave_hash(&mut self, id: PageId) {
+        let Links { previous, next } = core::mem::take(&mut self[id].same_gfn);
+        if let Some(next) = next {
+            self[next].same_gfn.previous = previous;
+        }
+        if let Some(previous) = previous {
+            self[previous].same_gfn.next = next;
+            return;
+        }
+        let hash = hash(self[id].gfn);
+        match (self.by_gfn.find_entry(hash, |first| *first == id), next) {
+            (Ok(mut entry), Some(next)) => *entry.get_mut() = next,
+            (Ok(entry), None) => {
+                entry.remove();
+            }
+            (Err(_), _) => debug_assert!(false, "an active page was not in the hash"),
+        }
     }
 
     /// Forgets a page whose frame is freed.
