@@ -10,8 +10,9 @@
 //! `GLIBC_TUNABLES=glibc.cpu.x86_rep_stosb_threshold=1000000`.
 //!
 //! Only what is inside of `measured` is counted. `fill COUNT PREFETCH` fills 4 KiB mappings whose tables
-//! are all shadowed; `build COUNT` fills mappings that need three new pages each; `zap PAGES BATCH` makes
-//! leaf tables and takes them away in batches; `trace hot|scan PAGES clock|fifo any|one PREFETCH`
+//! are all shadowed; `build COUNT` fills mappings that need three new pages each; `zap PAGES BATCH
+//! STRIDE` makes leaf tables, which map other pages each or with stride 0 all the same, and takes them
+//! away in batches; `trace hot|scan PAGES clock|fifo any|one PREFETCH`
 //! counts the faults of a guest that has fewer pages than it needs, and says what the best of all
 //! policies, which knows the future, would have to fetch.
 //!
@@ -307,8 +308,8 @@ fn build(count: u64) {
     );
 }
 
-fn zap(pages: usize, batch: usize) {
-    let mut guest = Guest::new(pages as u64 + 1024, 8);
+fn zap(pages: usize, batch: usize, stride: u64) {
+    let mut guest = Guest::new(pages as u64 + 1024, stride);
     let mut gva = 0;
     while guest.mmu.used() < pages {
         for page in 0..4 {
@@ -505,7 +506,10 @@ fn main() {
         "cr3" => load_cr3(number(2, 1000), number(3, 0), number(4, 64)),
         "invlpg" => invalidate(number(2, 1000), number(3, 0)),
         "write" => write_table(number(2, 1000), number(3, 64)),
-        "zap" => zap(number(2, 1000) as usize, number(3, 25) as usize),
+        "zap" => {
+            let (pages, batch) = (number(2, 1000), number(3, 25));
+            zap(pages as usize, batch as usize, number(4, 8));
+        }
         "trace" => {
             let victims = match text(4) {
                 "fifo" => VictimPolicy::Fifo,
