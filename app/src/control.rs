@@ -9,10 +9,11 @@ use umbra_machine::processor::features::{Features, GuestFeatures};
 use umbra_machine::processor::msr::{MsrContext, MsrEffect};
 use umbra_machine::processor::paravirtual::call_error;
 use umbra_mmu::{Feature, GuestFeatures as MmuFeatures, MmuError};
-use umbra_vcpu::VcpuExt;
-use umbra_vcpu::event::Exception;
-use umbra_vcpu::exit::ControlRegister;
+use umbra_vcpu::debug::{DebugExtensions, DebugFault, DebugRegisters};
+use umbra_vcpu::event::{Exception, vector};
+use umbra_vcpu::exit::{ControlRegister, MoveDirection};
 use umbra_vcpu::registers::{CodeWidth, ControlRegisters, Gpr, SegmentRegister};
+use umbra_vcpu::{PrivilegeLevel, VcpuExt};
 
 use crate::guest::{End, Guest};
 use crate::memory::Unwritable;
@@ -190,6 +191,59 @@ pub fn write_control_register(
     match new {
         Ok(new) => change_control(guest, &current, new),
         Err(exception) => guest.raise(exception),
+    }
+}
+
+/// MOV to or from a debug register (SDM vol. 3B 18.2).
+pub fn move_debug_register(
+    guest: &mut Guest,
+    number: u8,
+    general: Gpr,
+    direction: MoveDirection,
+) -> Result<(), End> {
+    if guest.vcpu.privilege_level() != PrivilegeLevel::Ring0 {
+        return guest.raise(Exception::GENERAL_PROTECTION);
+    }
+    let vcpu = &mut guest.vcpu;
+    let old = DebugRegisters {
+        addresses: [0, 1, 2, 3].map(|number| vcpu.debug_register(number)),
+        dr7: vcpu.debug_register(7),
+    };
+    let old_dr6 = vcpu.debug_register(6);
+    let (mut new, mut dr6) = (old, old_dr6);
+    let extensions = DebugExtensions::of(vcpu.control_registers().cr4);
+    let mask = match vcpu.code_width() {
+        CodeWidth::Bits64 => u64::MAX,
+        CodeWidth::Bits32 | CodeWidth::Bits16 => 0xffff_ffff,
+    };
+    let result = match direction {
+        MoveDirection::Write => {
+            let value = vcpu.registers().get(general) & mask;
+            new.write(number, value, extensions, &mut dr6)
+        }
+        MoveDirection::Read => new
+            .read(number, extensions, &mut dr6)
+            .map(|value| vcpu.registers_mut().set(general, value & mask)),
+    };
+    for (number, (old, new)) in (0..).zip(old.addresses.iter().zip(new.addresses)) {
+        if *old != new {
+            vcpu.set_debug_register(number, new);
+        }
+    }
+    if dr6 != old_dr6 {
+        vcpu.set_debug_register(6, dr6);
+    }
+    if new.dr7 != old.dr7 {
+        vcpu.set_debug_register(7, new.dr7);
+    }
+    match result {
+        Ok(()) => {
+            vcpu.skip_instruction();
+            Ok(())
+        }
+        Err(DebugFault::GeneralDetect) => guest.raise(Exception::new(vector::DEBUG)),
+        Err(DebugFault::InvalidOpcode) => guest.raise(Exception::INVALID_OPCODE),
+        Err(DebugFault::GeneralProtection) => guest.raise(Exception::GENERAL_PROTECTION),
     }
 }
 

@@ -18,6 +18,7 @@ use umbra_vcpu::{CodeReader, VcpuExt};
 use x86_64::registers::control::Cr0Flags;
 use x86_64::registers::rflags::RFlags;
 
+use crate::gdb;
 use crate::guest::{End, Guest, Halted};
 
 /// Carries out the instruction that the guest stopped at, or some elements of it. `why` says, for
@@ -26,6 +27,9 @@ use crate::guest::{End, Guest, Halted};
 /// # Errors
 /// [`End`] if the instruction is not known, or the host has no memory for what it writes.
 pub fn run(guest: &mut Guest, why: impl FnOnce() -> String) -> Result<(), End> {
+    if guest.debugged.is_some() && gdb::before_emulation(guest) {
+        return Ok(());
+    }
     let mut bytes = [0; MAX_LENGTH];
     let available = fetch(guest, &mut bytes);
     let bytes = &bytes[..available];
@@ -84,7 +88,9 @@ pub fn until_enterable(guest: &mut Guest) -> Result<(), End> {
             })?,
         }
         let steps = guest.vcpu.registers().rflags & RFlags::TRAP_FLAG.bits() != 0;
-        if steps || guest.halted == Halted::Yes || guest.machine.is_shut_down() {
+        let debugged = guest.debugged.as_ref();
+        let is_debugged = debugged.is_some_and(|own| own.is_stepping() || own.is_stopped());
+        if steps || is_debugged || guest.halted == Halted::Yes || guest.machine.is_shut_down() {
             break;
         }
         if guest.vcpu.is_enterable() {

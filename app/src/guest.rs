@@ -26,7 +26,7 @@ use umbra_vcpu::exit::Exit;
 use umbra_vcpu::{EntryFailure, Flush, Vcpu};
 
 use crate::alarm::Alarm;
-use crate::gdb::{self, Debugged};
+use crate::gdb::{self, Debugged, Verdict};
 use crate::memory::GuestHost;
 use crate::paging::Paging;
 use crate::rates::Rates;
@@ -286,8 +286,12 @@ impl Guest {
         self.exits[reason(&exit)] += 1;
         let rip = record.rip;
         self.record(|| Event::Exit { rip, exit });
-        if self.debugged.is_some() && gdb::before_exit(self, &exit) {
-            return Ok(Progress::Stopped);
+        if self.debugged.is_some() {
+            match gdb::before_exit(self, &exit)? {
+                Verdict::Guests => {}
+                Verdict::Handled => return Ok(Progress::Continues),
+                Verdict::Stopped => return Ok(Progress::Stopped),
+            }
         }
         match exit {
             Exit::Cpuid => control::cpuid(self),
@@ -411,6 +415,8 @@ impl Guest {
                 protection_keys::invalid_opcode(self)
             }
             Exit::Exception(exception) => self.raise(exception),
+            // The debugger has seen it.
+            Exit::Breakpoint { exception, .. } => exception.map_or(Ok(()), |own| self.raise(own)),
             // The loop sees to interrupts before each entry, and to the time after these exits.
             Exit::HostInterrupt
             | Exit::TimeSliceEnd
@@ -429,6 +435,11 @@ impl Guest {
             Exit::WriteControlRegister { register, value } => {
                 control::write_control_register(self, register, value)
             }
+            Exit::MoveDebugRegister {
+                number,
+                general,
+                direction,
+            } => control::move_debug_register(self, number, general, direction),
             Exit::SetExtendedControlRegister { index, value } => {
                 control::set_extended_control_register(self, index, value)
             }
@@ -568,7 +579,7 @@ fn end_of_machine(shutdown: Shutdown) -> End {
 }
 
 /// The names under which exits are counted.
-const REASONS: [&str; 29] = [
+const REASONS: [&str; 31] = [
     "page_fault",
     "exception",
     "host_interrupt",
@@ -598,6 +609,8 @@ const REASONS: [&str; 29] = [
     "time_slice_end",
     "unknown",
     "not_enterable",
+    "breakpoint",
+    "move_debug_register",
 ];
 
 /// The place of an exit's reason in [`REASONS`].
@@ -632,6 +645,8 @@ const fn reason(exit: &Exit) -> usize {
         Exit::TimeSliceEnd => 26,
         Exit::Unknown { .. } => 27,
         Exit::NotEnterable => 28,
+        Exit::Breakpoint { .. } => 29,
+        Exit::MoveDebugRegister { .. } => 30,
     }
 }
 

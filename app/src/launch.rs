@@ -23,7 +23,7 @@ use umbra_vcpu::instruction;
 use crate::archive::{BootFiles, GuestFiles};
 use crate::console::Console;
 use crate::driver::Driver;
-use crate::gdb::Debugged;
+use crate::gdb::{Debugged, ImageWidth};
 use crate::guest::{End, ExitCounts, Guest, Halted};
 use crate::injection::Shrinks;
 use crate::memory::{GuestHost, LoaderRam, RamRange};
@@ -244,6 +244,7 @@ fn prepare(
             )
         })?;
 
+    let width = image_width(loaded.format, files.image);
     let uhyve = (loaded.format == Format::Hermit)
         .then(|| Uhyve::new(name, &options.append, Box::new(console())));
     let mut report = Report::new(name, Outcome::Failed, "");
@@ -263,7 +264,7 @@ fn prepare(
         rates: Rates::default(),
         exits: ExitCounts::default(),
         exit_log: ExitLog::default(),
-        debugged: options.gdb.map(Debugged::new),
+        debugged: options.gdb.map(|start| Debugged::new(start, width)),
         trace: (options.trace != Traced::NOTHING).then(|| Box::new(Trace::new(options.trace))),
         trace_format: options.trace_format,
         deadline,
@@ -272,6 +273,16 @@ fn prepare(
         firmware,
         blocking: None,
     })
+}
+
+/// How wide the code is that a debugger expects in an image.
+fn image_width(format: Format, image: &[u8]) -> ImageWidth {
+    const ELF64: &[u8] = b"\x7fELF\x02";
+    match format {
+        Format::Linux | Format::Hermit => ImageWidth::Wide,
+        Format::Multiboot | Format::Pvh if image.starts_with(ELF64) => ImageWidth::Wide,
+        Format::Multiboot | Format::Pvh | Format::BootSector => ImageWidth::Narrow,
+    }
 }
 
 /// Tells the guest through the configuration device what its loader knows.

@@ -1,233 +1,186 @@
-//! A guest's debug registers.
+//! A guest's debug registers in the processor.
 //!
-//! Every MOV DR exits and is carried out here. The processor's own DR0 to DR3 are loaded only for
-//! entries with a breakpoint enabled; DR6 and DR7 are in the VMCB.
+//! Every MOV DR exits and is carried out by the driver. The processor's own DR0 to DR3 are loaded only
+//! for entries with a breakpoint enabled; DR6 and DR7 are in the VMCB. While a debugger has
+//! breakpoints, the VMCB's B0 to B3 are those of the last exit, and the guest's are kept apart.
 
 use core::arch::asm;
 
 use umbra_vcpu::address::Gva;
+use umbra_vcpu::debug::{
+    DR6_BS, DR6_HITS, DR7_GD, DR7_RESET, DebugRegisters, Debugging, ExitingExceptions,
+    SharedBreakpoints,
+};
+use umbra_vcpu::event::{Exception, vector};
+use umbra_vcpu::exit::Exit;
+use x86_64::registers::rflags::RFlags;
 
-/// DR6 and DR7 after reset (APM vol. 2 table 14-1).
-pub const DR6_RESET: u64 = 0xffff_0ff0;
-/// DR7 with nothing enabled.
-pub const DR7_RESET: u64 = 0x400;
+use crate::vcpu::SvmVcpu;
+use crate::vmcb::Intercepts3;
 
-const DR6_BD: u64 = 1 << 13;
-/// DR6.BS: a single step.
-pub const DR6_BS: u64 = 1 << 14;
-/// The bits of DR6 that software sets.
-pub const DR6_WRITABLE: u64 = 0xe00f;
-/// The bits of DR7 that software sets.
-pub const DR7_WRITABLE: u64 = 0xffff_23ff;
-const DR7_GD: u64 = 1 << 13;
-const DR7_ENABLES: u64 = 0xff;
+/// Debug registers as the guest has them, and as the processor gets them.
+pub struct Debug {
+    /// The guest's DR0 to DR3 and DR7.
+    guest: DebugRegisters,
+    /// B0 to B3 of the guest's DR6, while a debugger has breakpoints.
+    guest_hits: u64,
+    debugging: Debugging,
+    shared: SharedBreakpoints,
+}
+
+impl Debug {
+    /// After reset, without a debugger.
+    pub fn new() -> Self {
+        let guest = DebugRegisters::RESET;
+        Self {
+            guest,
+            guest_hits: 0,
+            debugging: Debugging::default(),
+            shared: SharedBreakpoints::new(&guest, &Debugging::default()),
+        }
+    }
+
+    /// What the processor's DR0 to DR3 and DR7 must hold.
+    pub const fn hardware(&self) -> &DebugRegisters {
+        &self.shared.hardware
+    }
+
+    /// The guest's DR0 to DR3 and DR7.
+    pub const fn guest(&self) -> &DebugRegisters {
+        &self.guest
+    }
+
+    /// The exceptions that exit for the debugger.
+    pub const fn exceptions(&self) -> ExitingExceptions {
+        self.debugging.exceptions
+    }
+}
+
+impl SvmVcpu {
+    /// The guest's DR6.
+    pub(crate) fn dr6(&self) -> u64 {
+        let dr6 = self.vmcb().save.dr6;
+        if self.debug.debugging.has_breakpoints() {
+            dr6 & !DR6_HITS | self.debug.guest_hits
+        } else {
+            dr6
+        }
+    }
+
+    /// Sets the guest's DR6, with its fixed bits.
+    pub(crate) fn set_dr6(&mut self, value: u64) {
+        let mut value = value;
+        if self.debug.debugging.has_breakpoints() {
+            self.debug.guest_hits = value & DR6_HITS;
+            value &= !DR6_HITS;
+        }
+        self.vmcb_mut().save.dr6 = value;
+    }
+
+    /// Lets `change` change the guest's DR0 to DR3 and DR7.
+    pub(crate) fn change_debug_registers<T>(
+        &mut self,
+        change: impl FnOnce(&mut DebugRegisters) -> T,
+    ) -> T {
+        let debug = &mut self.debug;
+        let result = change(&mut debug.guest);
+        debug.shared = SharedBreakpoints::new(&debug.guest, &debug.debugging);
+        result
+    }
+
+    /// Takes over what a debugger wants.
+    pub(crate) fn change_debugging(&mut self, debugging: &Debugging) {
+        let dr6 = self.dr6();
+        self.debug.debugging = *debugging;
+        self.change_debug_registers(|_| ());
+        self.set_dr6(dr6);
+        // Some emulators take INT3 for an INT n.
+        self.vmcb_mut().control.intercepts3.set(
+            Intercepts3::INTN,
+            debugging.exceptions != ExitingExceptions::None,
+        );
+        self.usual_events = false;
+    }
+
+    /// What an intercepted #DB is to the caller.
+    pub(crate) fn debug_exception(&mut self) -> Exit {
+        let exception = Exception::new(vector::DEBUG);
+        if !self.debug.debugging.has_breakpoints() {
+            return Exit::Exception(exception);
+        }
+        let dr6 = self.vmcb().save.dr6;
+        let hits = self.debug.shared.split(dr6);
+        self.vmcb_mut().save.dr6 &= !DR6_HITS;
+        if hits.guest != 0 {
+            self.debug.guest_hits = hits.guest;
+        }
+        if hits.debugger == 0 {
+            return Exit::Exception(exception);
+        }
+        let steps = self.registers.rflags & RFlags::TRAP_FLAG.bits() != 0;
+        let is_guests = hits.guest != 0 || dr6 & DR6_BS != 0 && steps;
+        Exit::Breakpoint {
+            hits: hits.debugger,
+            exception: is_guests.then_some(exception),
+        }
+    }
+}
+
 /// The longest range that a breakpoint covers, in bytes.
 const LONGEST: u64 = 8;
 
-/// The debug registers that the VMCB does not hold, with DR7 as the guest sees it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct DebugRegisters {
-    /// DR0 to DR3.
-    pub addresses: [u64; 4],
-    /// DR7.
-    pub dr7: u64,
+/// DR7 for the hardware: without GD, and without breakpoints that would hit the host's code or
+/// stack in `forbidden` between the loading of DR7 and VMRUN.
+pub fn hardware_dr7(registers: &DebugRegisters, forbidden: &[(Gva, Gva)]) -> u64 {
+    let mut allowed = *registers;
+    allowed.dr7 &= !DR7_GD;
+    for (index, &address) in registers.addresses.iter().enumerate() {
+        let first = address & !(LONGEST - 1);
+        let hits = forbidden.iter().any(|(start, end)| {
+            first < end.as_u64() && start.as_u64() < first.saturating_add(LONGEST)
+        });
+        if hits {
+            allowed.disable(index);
+        }
+    }
+    if allowed.is_armed() {
+        allowed.dr7
+    } else {
+        DR7_RESET
+    }
 }
 
-/// What an access to a debug register comes to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DebugFault {
-    /// #DB, because DR7.GD is set; it is clear now.
-    GeneralDetect,
-    /// #UD: DR4 or DR5 with CR4.DE.
-    InvalidOpcode,
-    /// #GP: the upper half of DR6 or DR7.
-    GeneralProtection,
-}
-
-/// Whether CR4.DE makes DR4 and DR5 invalid instead of names for DR6 and DR7.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DebugExtensions {
-    /// CR4.DE is set.
-    Enabled,
-    /// CR4.DE is clear.
-    Disabled,
-}
-
-impl DebugRegisters {
-    /// The registers after reset.
-    pub const RESET: Self = Self {
-        addresses: [0; 4],
-        dr7: DR7_RESET,
-    };
-
-    /// The common checks of both directions; returns the register's number without aliases.
-    fn access(
-        &mut self,
-        number: u8,
-        extensions: DebugExtensions,
-        dr6: &mut u64,
-    ) -> Result<u8, DebugFault> {
-        let number = match (number & 7, extensions) {
-            (4 | 5, DebugExtensions::Enabled) => return Err(DebugFault::InvalidOpcode),
-            (number @ (4 | 5), DebugExtensions::Disabled) => number + 2,
-            (number, _) => number,
-        };
-        if self.dr7 & DR7_GD != 0 {
-            self.dr7 &= !DR7_GD;
-            *dr6 |= DR6_BD;
-            return Err(DebugFault::GeneralDetect);
-        }
-        Ok(number)
-    }
-
-    /// Reads DR`number`.
-    ///
-    /// # Errors
-    /// [`DebugFault`] if the access faults.
-    pub fn read(
-        &mut self,
-        number: u8,
-        extensions: DebugExtensions,
-        dr6: &mut u64,
-    ) -> Result<u64, DebugFault> {
-        Ok(match self.access(number, extensions, dr6)? {
-            6 => *dr6,
-            7 => self.dr7,
-            number => self.addresses[usize::from(number & 3)],
-        })
-    }
-
-    /// Writes DR`number`.
-    ///
-    /// # Errors
-    /// [`DebugFault`] if the access faults.
-    pub fn write(
-        &mut self,
-        number: u8,
-        value: u64,
-        extensions: DebugExtensions,
-        dr6: &mut u64,
-    ) -> Result<(), DebugFault> {
-        match self.access(number, extensions, dr6)? {
-            6 | 7 if value >> 32 != 0 => return Err(DebugFault::GeneralProtection),
-            6 => *dr6 = (value & DR6_WRITABLE) | DR6_RESET,
-            7 => self.dr7 = (value & DR7_WRITABLE) | DR7_RESET,
-            number => self.addresses[usize::from(number & 3)] = value,
-        }
-        Ok(())
-    }
-
-    /// DR7 for the hardware: without GD, and without breakpoints that would hit the host's code or
-    /// stack in `forbidden` between the loading of DR7 and VMRUN.
-    pub fn hardware_dr7(&self, forbidden: &[(Gva, Gva)]) -> u64 {
-        let mut dr7 = self.dr7 & !DR7_GD;
-        for (index, &address) in self.addresses.iter().enumerate() {
-            let first = address & !(LONGEST - 1);
-            let hits = forbidden.iter().any(|(start, end)| {
-                first < end.as_u64() && start.as_u64() < first.saturating_add(LONGEST)
-            });
-            if hits {
-                dr7 &= !(0b11 << (2 * index));
-            }
-        }
-        if dr7 & DR7_ENABLES == 0 {
-            DR7_RESET
-        } else {
-            dr7
-        }
-    }
-
-    /// Whether a breakpoint is enabled.
-    pub const fn is_armed(&self) -> bool {
-        self.dr7 & DR7_ENABLES != 0
-    }
-
-    /// Whether `dr6` says that an instruction breakpoint at `rip` was hit.
-    pub fn hits_instruction(&self, dr6: u64, rip: u64) -> bool {
-        self.addresses.iter().zip(0..).any(|(&address, index)| {
-            let kind = (self.dr7 >> (16 + 4 * index)) & 3;
-            let enables = (self.dr7 >> (2 * index)) & 3;
-            dr6 & (1 << index) != 0 && kind == 0 && enables != 0 && address == rip
-        })
-    }
-
-    /// Loads DR0 to DR3.
-    ///
-    /// # Safety
-    /// Ring 0, with no breakpoint of the host enabled.
-    pub unsafe fn load_addresses(&self) {
-        let [first, second, third, fourth] = self.addresses;
-        // SAFETY: without an enabled breakpoint these registers have no effect.
-        unsafe {
-            asm!(
-                "mov dr0, {}", "mov dr1, {}", "mov dr2, {}", "mov dr3, {}",
-                in(reg) first, in(reg) second, in(reg) third, in(reg) fourth,
-                options(nomem, nostack, preserves_flags)
-            );
-        }
+/// Loads DR0 to DR3.
+///
+/// # Safety
+/// Ring 0, with no breakpoint of the host enabled.
+pub unsafe fn load_addresses(registers: &DebugRegisters) {
+    let [first, second, third, fourth] = registers.addresses;
+    // SAFETY: without an enabled breakpoint these registers have no effect.
+    unsafe {
+        asm!(
+            "mov dr0, {}", "mov dr1, {}", "mov dr2, {}", "mov dr3, {}",
+            in(reg) first, in(reg) second, in(reg) third, in(reg) fourth,
+            options(nomem, nostack, preserves_flags)
+        );
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use DebugExtensions::{Disabled, Enabled};
-
-    #[test]
-    fn fixed_bits_stay_fixed() {
-        let (mut registers, mut dr6) = (DebugRegisters::RESET, DR6_RESET);
-        assert_eq!(registers.write(6, 0, Disabled, &mut dr6), Ok(()));
-        assert_eq!(dr6, DR6_RESET);
-        assert_eq!(registers.write(7, 0xffff_dfff, Disabled, &mut dr6), Ok(()));
-        assert_eq!(registers.read(7, Disabled, &mut dr6), Ok(0xffff_07ff));
-        assert_eq!(
-            registers.write(7, 1 << 32, Disabled, &mut dr6),
-            Err(DebugFault::GeneralProtection)
-        );
-    }
-
-    #[test]
-    fn aliases_and_general_detect() {
-        let (mut registers, mut dr6) = (DebugRegisters::RESET, DR6_RESET);
-        assert_eq!(registers.read(4, Disabled, &mut dr6), Ok(DR6_RESET));
-        assert_eq!(
-            registers.read(5, Enabled, &mut dr6),
-            Err(DebugFault::InvalidOpcode)
-        );
-        assert_eq!(registers.write(5, DR7_GD, Disabled, &mut dr6), Ok(()));
-        assert_eq!(
-            registers.read(0, Disabled, &mut dr6),
-            Err(DebugFault::GeneralDetect)
-        );
-        assert_ne!(dr6 & DR6_BD, 0);
-        assert_eq!(registers.read(0, Disabled, &mut dr6), Ok(0), "GD is clear");
-    }
-
-    #[test]
-    fn instruction_breakpoints_are_told_from_others() {
-        let mut registers = DebugRegisters::RESET;
-        registers.addresses = [0x1000, 0x1000, 0, 0];
-        registers.dr7 = DR7_RESET | 0b1111 | 1 << 20;
-        assert!(registers.hits_instruction(DR6_RESET | 1, 0x1000));
-        assert!(!registers.hits_instruction(DR6_RESET | 1, 0x1001));
-        assert!(
-            !registers.hits_instruction(DR6_RESET | 2, 0x1000),
-            "a write"
-        );
-        assert!(!registers.hits_instruction(DR6_RESET, 0x1000));
-    }
 
     #[test]
     fn breakpoints_on_the_host_are_left_out() {
         let mut registers = DebugRegisters::RESET;
         registers.addresses = [0x1000, 0x2ffe, 0x4000, 0x5000];
-        registers.dr7 = DR7_RESET | DR7_GD | 0b0001_0101;
+        registers.dr7 = DR7_RESET | DR7_GD | 0b0101_0101;
         let host = [
             (Gva::new(0x3000 - 4), Gva::new(0x3100)),
             (Gva::new(0x5000), Gva::new(0x5001)),
         ];
-        assert_eq!(registers.hardware_dr7(&host), DR7_RESET | 0b0001_0001);
+        assert_eq!(hardware_dr7(&registers, &host), DR7_RESET | 0b0001_0001);
         registers.dr7 = DR7_RESET | 0b0100;
-        assert_eq!(registers.hardware_dr7(&host), DR7_RESET);
+        assert_eq!(hardware_dr7(&registers, &host), DR7_RESET);
     }
 }

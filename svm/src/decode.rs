@@ -16,6 +16,7 @@ pub mod exit_code {
     pub const CR15_WRITE: u64 = 0x1f;
     pub const DR0_READ: u64 = 0x20;
     pub const DR15_WRITE: u64 = 0x3f;
+    pub const EXCEPTION_1: u64 = 0x41;
     pub const EXCEPTION_0: u64 = 0x40;
     pub const EXCEPTION_31: u64 = 0x5f;
     pub const INTR: u64 = 0x60;
@@ -26,6 +27,7 @@ pub mod exit_code {
     pub const CPUID: u64 = 0x72;
     pub const RSM: u64 = 0x73;
     pub const IRET: u64 = 0x74;
+    pub const INTN: u64 = 0x75;
     pub const INVD: u64 = 0x76;
     pub const HLT: u64 = 0x78;
     pub const INVLPG: u64 = 0x79;

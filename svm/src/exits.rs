@@ -1,9 +1,10 @@
 //! From exit codes to [`Exit`].
 
 use umbra_vcpu::address::Gva;
-use umbra_vcpu::event::{Exception, vector};
+use umbra_vcpu::event::{Event, Exception, vector};
 use umbra_vcpu::exit::{
-    ControlRegister, Exit, IoAccess, IoDirection, IoOperand, IoWidth, Repeat, TaskSwitchSource,
+    ControlRegister, Exit, IoAccess, IoDirection, IoOperand, IoWidth, MoveDirection, Repeat,
+    TaskSwitchSource,
 };
 use umbra_vcpu::instruction::iced_x86::{Instruction, Mnemonic, Register};
 use umbra_vcpu::instruction::{decode, memory_operand};
@@ -12,7 +13,6 @@ use umbra_vcpu::{CodeReader, PrivilegeLevel, Vcpu};
 use x86_64::structures::idt::PageFaultErrorCode;
 
 use crate::capability::{Features, efer};
-use crate::debug::{DebugExtensions, DebugFault};
 use crate::decode::{
     self, CPUID, ControlAccess, MAX_LENGTH, Plain, RDMSR, VMMCALL, WRMSR, control_access,
     debug_access, exit_code, load_machine_status, string_operand,
@@ -20,7 +20,6 @@ use crate::decode::{
 use crate::injection;
 use crate::vcpu::{StepReason, SvmVcpu};
 
-const CR4_DE: u64 = 1 << 3;
 const CR4_SMEP: u64 = 1 << 20;
 
 /// What `run` does with an exit.
@@ -144,10 +143,9 @@ impl SvmVcpu {
             | exit_code::CR0_WRITE..=exit_code::CR15_WRITE => {
                 return self.control_register_exit(exit, first, code);
             }
-            exit_code::DR0_READ..=exit_code::DR15_WRITE => {
-                self.debug_register_exit(code)?;
-                return Ok(Outcome::Resume);
-            }
+            exit_code::DR0_READ..=exit_code::DR15_WRITE => self.debug_register_exit(code)?,
+            exit_code::EXCEPTION_1 => self.debug_exception(),
+            exit_code::INTN => return self.software_interrupt_exit(code),
             exit_code::EXCEPTION_0..=exit_code::EXCEPTION_31 => {
                 return Ok(Self::exception_exit(
                     (exit - exit_code::EXCEPTION_0) as u8,
@@ -247,6 +245,31 @@ impl SvmVcpu {
                 Exit::Exception(Exception::new(vector::DEBUG))
             }
         })
+    }
+
+    /// INT n, and on some emulators INT3 and INTO, while a debugger wants #BP to exit.
+    fn software_interrupt_exit(&mut self, code: &mut dyn CodeReader) -> Result<Outcome, CodeError> {
+        let instruction = self.instruction(code)?;
+        let instruction_length = instruction.len() as u8;
+        let event = match instruction.mnemonic() {
+            Mnemonic::Int3 => {
+                self.next_rip = None;
+                let exception = Exception::new(vector::BREAKPOINT);
+                return Ok(Outcome::Exit(Exit::Exception(exception)));
+            }
+            Mnemonic::Into => Event::SoftwareException {
+                vector: vector::OVERFLOW,
+                instruction_length,
+            },
+            Mnemonic::Int => Event::SoftwareInterrupt {
+                vector: instruction.immediate8(),
+                instruction_length,
+            },
+            _ => return Err(CodeError::Mismatch),
+        };
+        self.next_rip = None;
+        self.changing_events().restore(event);
+        Ok(Outcome::Resume)
     }
 
     fn exception_exit(number: u8, first: u64, second: u64) -> Outcome {
@@ -435,46 +458,18 @@ impl SvmVcpu {
         Ok(u16::from_le_bytes([bytes[0], bytes[1]]))
     }
 
-    /// Carries out MOV DR.
-    fn debug_register_exit(&mut self, code: &mut dyn CodeReader) -> Result<(), CodeError> {
+    fn debug_register_exit(&mut self, code: &mut dyn CodeReader) -> Result<Exit, CodeError> {
         let instruction = self.instruction(code)?;
         let (general, register) = debug_access(&instruction).ok_or(CodeError::Mismatch)?;
-        let number = register as u8 - Register::DR0 as u8;
-        let extensions = if self.control.cr4 & CR4_DE != 0 {
-            DebugExtensions::Enabled
-        } else {
-            DebugExtensions::Disabled
-        };
-        let wide = self.width() == CodeWidth::Bits64;
-        let mut dr6 = self.vmcb().save.dr6;
-        let result = if instruction.op0_register().is_dr() {
-            let value = self.registers.get(general);
-            let value = if wide { value } else { value & 0xffff_ffff };
-            self.debug.write(number, value, extensions, &mut dr6)
-        } else {
-            self.debug.read(number, extensions, &mut dr6).map(|value| {
-                let value = if wide { value } else { value & 0xffff_ffff };
-                self.registers.set(general, value);
-            })
-        };
-        self.vmcb_mut().save.dr6 = dr6;
-        match result {
-            Ok(()) => {
-                if let Some(next_rip) = self.next_rip.take() {
-                    self.complete(next_rip);
-                }
-            }
-            Err(fault) => {
-                let exception = match fault {
-                    DebugFault::GeneralDetect => Exception::new(vector::DEBUG),
-                    DebugFault::InvalidOpcode => Exception::INVALID_OPCODE,
-                    DebugFault::GeneralProtection => Exception::GENERAL_PROTECTION,
-                };
-                // An instruction that ran this far interrupted no delivery: nothing to combine.
-                let _ = self.changing_events().raise(exception);
-            }
-        }
-        Ok(())
+        Ok(Exit::MoveDebugRegister {
+            number: register as u8 - Register::DR0 as u8,
+            general,
+            direction: if instruction.op0_register().is_dr() {
+                MoveDirection::Write
+            } else {
+                MoveDirection::Read
+            },
+        })
     }
 
     fn invalidate_page_exit(

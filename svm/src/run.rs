@@ -7,6 +7,7 @@
 use core::arch::asm;
 
 use umbra_vcpu::address::{Gva, Hpa};
+use umbra_vcpu::debug::{DR6_BS, DR6_HITS, DR7_RESET};
 use umbra_vcpu::event::{Event, Window, vector};
 use umbra_vcpu::exit::{Exit, ExitRecord};
 use umbra_vcpu::registers::Gpr;
@@ -16,7 +17,7 @@ use x86_64::registers::rflags::RFlags;
 use crate::capability::{Features, Instructions};
 use crate::check::{GuestState, check};
 use crate::core_state::{Core, Recycled, read_xcr0, write_xcr0};
-use crate::debug::{DR6_BS, DR7_RESET};
+use crate::debug;
 use crate::decode::{CONTRIBUTORY, exit_code};
 use crate::entry;
 use crate::exits::Outcome;
@@ -25,8 +26,6 @@ use crate::vcpu::{PendingFlush, Step, StepReason, SvmVcpu, flush_guest};
 use crate::vmcb::{Intercepts3, InterruptControl, TlbControl};
 
 const TRAP: u64 = RFlags::TRAP_FLAG.bits();
-/// DR6's bits for the four breakpoints.
-const DR6_HITS: u64 = 0xf;
 /// More of the host's stack than the way into the guest uses, in bytes.
 const STACK_MARGIN: u64 = 4096;
 
@@ -179,7 +178,8 @@ impl SvmVcpu {
                 if exception.vector == vector::DEBUG
                     && self
                         .debug
-                        .hits_instruction(self.vmcb().save.dr6, self.registers.rip)
+                        .guest()
+                        .hits_instruction(self.dr6(), self.registers.rip)
                 {
                     self.registers.rflags |= RFlags::RESUME_FLAG.bits();
                 }
@@ -354,7 +354,7 @@ impl SvmVcpu {
             // SAFETY: the host has OSXSAVE set; this is a subset of its XCR0.
             unsafe { write_xcr0(self.control.xcr0 & host | 1) };
         }
-        if self.debug.is_armed() {
+        if self.debug.hardware().is_armed() {
             return self.prepare_breakpoints();
         }
         self.vmcb_mut().save.dr7 = DR7_RESET;
@@ -414,19 +414,23 @@ impl SvmVcpu {
         let marker = 0_u8;
         let stack = (&raw const marker) as u64;
         let code = entry::enter_with_breakpoints as *const () as u64;
-        let dr7 = self.debug.hardware_dr7(&[
-            (
-                Gva::new(stack.saturating_sub(STACK_MARGIN)),
-                Gva::new(stack.saturating_add(STACK_MARGIN)),
-            ),
-            (Gva::new(code), Gva::new(code + entry::CODE_SIZE)),
-        ]);
+        let hardware = *self.debug.hardware();
+        let dr7 = debug::hardware_dr7(
+            &hardware,
+            &[
+                (
+                    Gva::new(stack.saturating_sub(STACK_MARGIN)),
+                    Gva::new(stack.saturating_add(STACK_MARGIN)),
+                ),
+                (Gva::new(code), Gva::new(code + entry::CODE_SIZE)),
+            ],
+        );
         self.vmcb_mut().save.dr7 = dr7;
         if dr7 == DR7_RESET {
             return None;
         }
         // SAFETY: ring 0, and the host uses no breakpoints.
-        unsafe { self.debug.load_addresses() };
+        unsafe { debug::load_addresses(&hardware) };
         Some(dr7)
     }
 

@@ -5,6 +5,7 @@ use alloc::sync::Arc;
 use core::ptr::NonNull;
 
 use umbra_vcpu::address::{Gva, Hpa};
+use umbra_vcpu::debug::{DR6_BS, DR6_RESET, DR6_WRITABLE, DR7_RESET, DR7_WRITABLE, Debugging};
 use umbra_vcpu::event::{Blocking, Event, EventQueue, Exception, Window, Windows, vector};
 use umbra_vcpu::exit::ExitRecord;
 use umbra_vcpu::extended_state::ExtendedState;
@@ -22,7 +23,7 @@ use x86_64::registers::rflags::RFlags;
 
 use crate::capability::{Capabilities, Control, Features, efer};
 use crate::core_state::{Asid, Core, EnableError};
-use crate::debug::{DR6_BS, DR6_RESET, DR6_WRITABLE, DR7_RESET, DR7_WRITABLE, DebugRegisters};
+use crate::debug::Debug;
 use crate::permission::{ADDRESS_MSRS, msr};
 use crate::vmcb::{
     INTERRUPT_SHADOW, Intercepts3, Intercepts4, Intercepts5, InterruptControl, SegmentField,
@@ -66,7 +67,7 @@ pub struct SvmVcpu {
     block: PageBlock,
     pub(crate) registers: Registers,
     pub(crate) control: ControlRegisters,
-    pub(crate) debug: DebugRegisters,
+    pub(crate) debug: Debug,
     pub(crate) events: EventQueue,
     pub(crate) extended_state: NonNull<ExtendedState>,
     pub(crate) paging: ShadowPaging,
@@ -190,7 +191,7 @@ impl SvmVcpu {
                 efer: 0,
                 xcr0: 1,
             },
-            debug: DebugRegisters::RESET,
+            debug: Debug::new(),
             events: EventQueue::new(),
             extended_state,
             paging: ShadowPaging {
@@ -324,10 +325,11 @@ impl SvmVcpu {
     /// The exceptions that exit now. The hardware has CR4.PKE clear, so that RDPKRU and WRPKRU raise
     /// #UD; a guest that has it set wants them carried out.
     pub(crate) const fn intercepted_exceptions(&self) -> u32 {
+        let exceptions = EXCEPTIONS | self.debug.exceptions().bitmap();
         if self.control.cr4 & CR4_PKE == 0 {
-            EXCEPTIONS
+            exceptions
         } else {
-            EXCEPTIONS | 1 << vector::INVALID_OPCODE
+            exceptions | 1 << vector::INVALID_OPCODE
         }
     }
 
@@ -744,18 +746,25 @@ impl Vcpu for SvmVcpu {
 
     fn debug_register(&mut self, number: u8) -> u64 {
         match number {
-            6 => self.vmcb().save.dr6,
-            7 => self.debug.dr7,
-            _ => self.debug.addresses[usize::from(number & 3)],
+            6 => self.dr6(),
+            7 => self.debug.guest().dr7,
+            _ => self.debug.guest().addresses[usize::from(number & 3)],
         }
     }
 
     fn set_debug_register(&mut self, number: u8, value: u64) {
-        match number {
-            6 => self.vmcb_mut().save.dr6 = value & DR6_WRITABLE | DR6_RESET,
-            7 => self.debug.dr7 = value & DR7_WRITABLE | DR7_RESET,
-            _ => self.debug.addresses[usize::from(number & 3)] = value,
+        if number == 6 {
+            self.set_dr6(value & DR6_WRITABLE | DR6_RESET);
+            return;
         }
+        self.change_debug_registers(|registers| match number {
+            7 => registers.dr7 = value & DR7_WRITABLE | DR7_RESET,
+            _ => registers.addresses[usize::from(number & 3)] = value,
+        });
+    }
+
+    fn set_debugging(&mut self, debugging: &Debugging) {
+        self.change_debugging(debugging);
     }
 
     fn is_enterable(&mut self) -> bool {

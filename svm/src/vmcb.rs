@@ -30,6 +30,8 @@ bitflags! {
         const RSM = 1 << 19;
         /// IRET.
         const IRET = 1 << 20;
+        /// INT n.
+        const INTN = 1 << 21;
         /// INVD.
         const INVD = 1 << 22;
         /// HLT.

@@ -22,6 +22,13 @@ pub enum Exit {
     },
     /// An intercepted exception other than a page fault.
     Exception(Exception),
+    /// The guest has met breakpoints of a debugger's.
+    Breakpoint {
+        /// A bit for each of [`crate::debug::Debugging::breakpoints`].
+        hits: u8,
+        /// The guest's own #DB at the same place; DR6 says why.
+        exception: Option<Exception>,
+    },
     /// The host has an interrupt; it was taken before this exit was returned.
     HostInterrupt,
     /// The host had a non-maskable interrupt.
@@ -62,6 +69,15 @@ pub enum Exit {
         register: ControlRegister,
         /// The value that the guest wants, as wide as the guest's mode makes it.
         value: u64,
+    },
+    /// MOV to or from a debug register, before any of its checks but that it is a register's name.
+    MoveDebugRegister {
+        /// 0 to 7.
+        number: u8,
+        /// The general register.
+        general: Gpr,
+        /// Which of the two is written.
+        direction: MoveDirection,
     },
     /// INVLPG.
     InvalidatePage(Gva),
@@ -155,6 +171,15 @@ pub enum ControlRegister {
     Cr4,
     /// CR8.
     Cr8,
+}
+
+/// Which way MOV goes between a general and a special register.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum MoveDirection {
+    /// The special register is written.
+    Write,
+    /// The special register is read.
+    Read,
 }
 
 /// IN, OUT, INS or OUTS.

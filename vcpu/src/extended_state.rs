@@ -136,6 +136,30 @@ impl ExtendedState {
         self.area[at + 8..at + 10].fill(0xff);
     }
 
+    /// The x87 registers and MXCSR in the format of FXSAVE64 (SDM vol. 1 table 10-3).
+    pub fn legacy_region(&self) -> [u8; LEGACY_SIZE] {
+        let mut region = [0; LEGACY_SIZE];
+        if self.area[XSTATE_BV] & XSTATE_X87 == 0 {
+            region[..2].copy_from_slice(&X87_CONTROL.to_le_bytes());
+        } else {
+            region.copy_from_slice(&self.area[..LEGACY_SIZE]);
+        }
+        // MXCSR stands there whatever the header says.
+        region[MXCSR].copy_from_slice(&self.area[MXCSR]);
+        region
+    }
+
+    /// Sets the x87 registers and MXCSR, whose reserved bits are clear.
+    pub fn set_legacy_region(&mut self, region: &[u8; LEGACY_SIZE]) {
+        if self.area[XSTATE_BV] & XSTATE_SSE == 0 {
+            self.area[XMM0..XMM0 + 256].fill(0);
+        }
+        self.area[XSTATE_BV] |= XSTATE_X87 | XSTATE_SSE;
+        let mask = [28, 29, 30, 31].map(|at| self.area[at]);
+        self.area[..LEGACY_SIZE].copy_from_slice(region);
+        self.area[28..32].copy_from_slice(&mask);
+    }
+
     const fn x87_top(&self) -> u8 {
         self.area[3] >> 3 & 7
     }
@@ -146,6 +170,10 @@ impl ExtendedState {
     }
 }
 
+/// Bytes of an area before the XMM registers.
+pub const LEGACY_SIZE: usize = 160;
+/// Where MXCSR stands.
+const MXCSR: core::ops::Range<usize> = 24..28;
 /// The x87 control word after FNINIT.
 const X87_CONTROL: u16 = 0x037f;
 /// Where ST0 stands.

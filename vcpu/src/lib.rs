@@ -14,6 +14,7 @@
 extern crate alloc;
 
 pub mod address;
+pub mod debug;
 pub mod event;
 pub mod exit;
 pub mod extended_state;
@@ -24,6 +25,7 @@ pub mod registers;
 use core::fmt;
 
 use address::{Gva, Hpa};
+use debug::Debugging;
 use event::{Blocking, EventQueue, Windows};
 use exit::ExitRecord;
 use extended_state::ExtendedState;
@@ -129,6 +131,10 @@ pub trait Vcpu {
 
     /// Sets DR0 to DR3, DR6 or DR7, whose reserved bits do not count.
     fn set_debug_register(&mut self, number: u8, value: u64);
+
+    /// Lets a debugger stop the guest. The guest keeps its own debug registers meanwhile, and as many of
+    /// its breakpoints as the processor has room for.
+    fn set_debugging(&mut self, debugging: &Debugging);
 
     /// Whether the hardware can enter the guest's state and deliver what is due. Where it cannot,
     /// [`Vcpu::run`] returns [`Exit::NotEnterable`] at once.

@@ -9,6 +9,7 @@ use alloc::rc::Rc;
 use core::arch::asm;
 use core::cell::{Cell, RefCell};
 
+use umbra_vcpu::debug::{DR6_BD, DR6_BS, DR6_HITS, DR6_RESET, DR6_WRITABLE};
 use x86_64::registers::model_specific::Msr;
 
 use crate::msr;
@@ -22,9 +23,6 @@ const MSRS: [u32; 6] = [
     msr::KERNEL_GS_BASE,
     msr::TSC_AUX,
 ];
-
-/// The value of DR6 after reset (SDM vol. 3A table 10-1).
-const DR6_AT_RESET: u64 = 0xffff_0ff0;
 
 /// One guest's values; stale while the guest owns the processor's registers.
 #[derive(Debug)]
@@ -47,7 +45,7 @@ impl Bank {
         Self {
             msrs: [const { Cell::new(0) }; MSRS.len()],
             breakpoints: [const { Cell::new(0) }; 4],
-            dr6: Cell::new(DR6_AT_RESET),
+            dr6: Cell::new(DR6_RESET),
         }
     }
 
@@ -164,14 +162,12 @@ impl BankOwner {
 
     /// Writes DR0 to DR3 or DR6. Interrupts are off.
     pub fn set_debug_register(&self, bank: &Rc<Bank>, number: u8, value: u64) {
-        /// B0 to B3, BD, BS and BT.
-        const WRITABLE: u64 = 0xe00f;
         if self.owns(bank) {
             bank.save(self.has_tsc_aux);
         }
         match bank.breakpoints.get(usize::from(number)) {
             Some(breakpoint) => breakpoint.set(value),
-            None => bank.dr6.set(value & WRITABLE | DR6_AT_RESET),
+            None => bank.dr6.set(value & DR6_WRITABLE | DR6_RESET),
         }
         if self.owns(bank) {
             bank.load(self.has_tsc_aux);
@@ -189,16 +185,19 @@ impl BankOwner {
 /// Adds the conditions that a #DB exit reports to the guest's DR6, as the processor does on
 /// delivery (SDM vol. 3C 28.1, vol. 3B 18.2.3). The guest owns the bank.
 pub fn report_debug_conditions(qualification: u64) {
-    /// B0 to B3, BD, BS.
-    const CONDITIONS: u64 = 0xf | 1 << 13 | 1 << 14;
-    /// RTM is inverted: clear in DR6 when the condition is set in the qualification.
-    const RTM: u64 = 1 << 16;
     let mut dr6: u64;
     // SAFETY: see `save`.
     unsafe { asm!("mov {}, dr6", out(reg) dr6, options(nomem, nostack, preserves_flags)) };
-    dr6 &= !0xf;
-    dr6 |= RTM | (qualification & CONDITIONS);
-    dr6 &= !(qualification & RTM);
+    dr6 = with_debug_conditions(dr6, qualification);
     // SAFETY: the reserved bits are as the processor gave them.
     unsafe { asm!("mov dr6, {}", in(reg) dr6, options(nomem, nostack, preserves_flags)) };
+}
+
+/// DR6 after the delivery of a #DB with these conditions.
+pub const fn with_debug_conditions(dr6: u64, qualification: u64) -> u64 {
+    /// B0 to B3, BD, BS.
+    const CONDITIONS: u64 = DR6_HITS | DR6_BD | DR6_BS;
+    /// RTM is inverted: clear in DR6 when the condition is set in the qualification.
+    const RTM: u64 = 1 << 16;
+    (dr6 & !DR6_HITS | RTM | qualification & CONDITIONS) & !(qualification & RTM)
 }

@@ -124,9 +124,11 @@ impl Capabilities {
                 | PrimaryControls::MONITOR_EXITING,
             PrimaryControls::SECONDARY_CONTROLS,
         )?;
-        // The windows are opened later: they must exist.
+        // These are set later, when they are wanted: they must exist.
         primary_capability.select(
-            PrimaryControls::INTERRUPT_WINDOW_EXITING | PrimaryControls::NMI_WINDOW_EXITING,
+            PrimaryControls::INTERRUPT_WINDOW_EXITING
+                | PrimaryControls::NMI_WINDOW_EXITING
+                | PrimaryControls::MOV_DR_EXITING,
             PrimaryControls::empty(),
         )?;
         let secondary_capability = primary

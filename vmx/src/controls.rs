@@ -65,6 +65,7 @@ controls! {
         CR8_LOAD_EXITING = 19, "CR8-load exiting";
         CR8_STORE_EXITING = 20, "CR8-store exiting";
         NMI_WINDOW_EXITING = 22, "NMI-window exiting";
+        MOV_DR_EXITING = 23, "MOV-DR exiting";
         UNCONDITIONAL_IO_EXITING = 24, "unconditional I/O exiting";
         MSR_BITMAPS = 28, "use MSR bitmaps";
         MONITOR_EXITING = 29, "MONITOR exiting";

@@ -6,7 +6,8 @@
 use umbra_vcpu::address::Gva;
 use umbra_vcpu::event::vector;
 use umbra_vcpu::exit::{
-    ControlRegister, Exit, IoAccess, IoDirection, IoOperand, IoWidth, Repeat, TaskSwitchSource,
+    ControlRegister, Exit, IoAccess, IoDirection, IoOperand, IoWidth, MoveDirection, Repeat,
+    TaskSwitchSource,
 };
 use umbra_vcpu::registers::{CodeWidth, Gpr, Registers, SegmentRegister};
 use x86_64::structures::idt::PageFaultErrorCode;
@@ -35,6 +36,7 @@ pub mod reason {
     pub const VMCLEAR: u16 = 19;
     pub const VMXON: u16 = 27;
     pub const CONTROL_REGISTER: u16 = 28;
+    pub const MOV_DR: u16 = 29;
     pub const IO: u16 = 30;
     pub const RDMSR: u16 = 31;
     pub const WRMSR: u16 = 32;
@@ -117,7 +119,7 @@ impl RawExit {
                 exit.qualification = vmcs.read(fields::EXIT_QUALIFICATION);
                 exit.instruction_information = vmcs.read(fields::EXIT_INSTRUCTION_INFORMATION);
             }
-            reason::CONTROL_REGISTER | reason::INVLPG => {
+            reason::CONTROL_REGISTER | reason::INVLPG | reason::MOV_DR => {
                 exit.qualification = vmcs.read(fields::EXIT_QUALIFICATION);
             }
             reason::TASK_SWITCH => {
@@ -217,6 +219,7 @@ pub fn decode(raw: &RawExit, registers: &Registers, guest: &mut impl GuestView) 
         | reason::INVVPID
         | reason::VMFUNC => Exit::VirtualizationInstruction,
         reason::CONTROL_REGISTER => decode_control_register(raw, registers, guest),
+        reason::MOV_DR => decode_debug_register(raw.qualification),
         reason::IO => decode_io(raw, guest),
         reason::MWAIT => Exit::MonitorWait,
         reason::MONITOR => Exit::Monitor,
@@ -376,6 +379,20 @@ fn decode_control_register(raw: &RawExit, registers: &Registers, guest: &impl Gu
                 value: guest.cr0() & !LMSW_LOADS | source,
             }
         }
+    }
+}
+
+/// SDM vol. 3C table 28-4.
+const fn decode_debug_register(qualification: u64) -> Exit {
+    const FROM_DEBUG_REGISTER: u64 = 1 << 4;
+    Exit::MoveDebugRegister {
+        number: (qualification & 7) as u8,
+        general: Gpr::from_encoding((qualification >> 8) as u8),
+        direction: if qualification & FROM_DEBUG_REGISTER == 0 {
+            MoveDirection::Write
+        } else {
+            MoveDirection::Read
+        },
     }
 }
 

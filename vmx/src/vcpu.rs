@@ -14,6 +14,7 @@ use core::cell::Cell;
 use core::ptr::NonNull;
 
 use umbra_vcpu::address::Gva;
+use umbra_vcpu::debug::{DR6_BS, DR6_RESET, DR6_WRITABLE, DR7_RESET, DR7_WRITABLE, Debugging};
 use umbra_vcpu::event::{Blocking, EventQueue, Window, Windows, vector};
 use umbra_vcpu::exit::ExitRecord;
 use umbra_vcpu::extended_state::ExtendedState;
@@ -30,6 +31,7 @@ use x86_64::registers::rflags::RFlags;
 
 use crate::bank::Bank;
 use crate::check::{self, Interruptibility};
+use crate::controls::PrimaryControls;
 use crate::entry::EntryKind;
 use crate::host::{self, Core, Vmx};
 use crate::instructions::{self, CurrentVmcs, Invvpid};
@@ -37,6 +39,7 @@ use crate::paging::{self, HardwareControl};
 use crate::real_mode::{LOADABLE, RealMode};
 use crate::{fields, msr};
 
+mod debug;
 mod run;
 
 /// The exceptions that always exit: #PF for shadow paging; #DB and #AC because a guest can make their
@@ -65,8 +68,8 @@ const LONGEST_RUN: u64 = 1 << 22;
 /// does between delays the end of the time slice.
 const TIMER_ENTRIES: u8 = 16;
 
-/// In pending debug exceptions and in DR6: a single step (SDM vol. 3C table 25-4, vol. 3B 18.2.3).
-const SINGLE_STEP: u64 = 1 << 14;
+/// In pending debug exceptions, as in DR6: a single step (SDM vol. 3C table 25-4).
+const SINGLE_STEP: u64 = DR6_BS;
 
 /// One guest processor.
 #[derive(Debug)]
@@ -79,6 +82,12 @@ pub struct VmxVcpu {
     pending: Pending,
     /// What the VMCS does not hold while the guest is in real mode.
     real_mode: Option<RealMode>,
+    /// The primary controls without requests for windows.
+    primary: PrimaryControls,
+    /// What a debugger wants.
+    debugging: Debugging,
+    /// The guest's debug registers, while a debugger has breakpoints.
+    kept: Option<debug::Kept>,
     /// Where the instruction ends that is carried out as if it had exited.
     instruction_end: Option<u64>,
     /// When the time slice ends, in ticks of the host's time-stamp counter.
@@ -173,6 +182,9 @@ impl VmxVcpu {
             interruptibility: Interruptibility::empty(),
             pending: Pending::CONTROL | Pending::CHECK,
             real_mode: None,
+            primary: core.capabilities.primary,
+            debugging: Debugging::default(),
+            kept: None,
             instruction_end: None,
             deadline: None,
             hardware: Cell::new(None),
@@ -691,6 +703,9 @@ impl Vcpu for VmxVcpu {
     }
 
     fn debug_register(&mut self, number: u8) -> u64 {
+        if let Some(kept) = &self.kept {
+            return kept.get(number);
+        }
         if number == 7 {
             return self.with_vmcs(|vmcs| vmcs.read(fields::GUEST_DR7));
         }
@@ -698,17 +713,27 @@ impl Vcpu for VmxVcpu {
     }
 
     fn set_debug_register(&mut self, number: u8, value: u64) {
-        /// The bits of DR7 that software sets, and the one that is always set.
-        const WRITABLE: u64 = 0xffff_23ff;
-        const FIXED: u64 = 1 << 10;
+        let value = match number {
+            6 => value & DR6_WRITABLE | DR6_RESET,
+            7 => value & DR7_WRITABLE | DR7_RESET,
+            _ => value,
+        };
+        if let Some(kept) = &mut self.kept {
+            kept.set(number, value);
+            self.share_breakpoints();
+            return;
+        }
         if number == 7 {
-            let value = value & WRITABLE | FIXED;
             self.with_vmcs(|vmcs| vmcs.write(fields::GUEST_DR7, value));
             return;
         }
         interrupts::without_interrupts(|| {
             self.core.bank.set_debug_register(&self.bank, number, value);
         });
+    }
+
+    fn set_debugging(&mut self, debugging: &Debugging) {
+        self.change_debugging(debugging);
     }
 
     fn is_enterable(&mut self) -> bool {

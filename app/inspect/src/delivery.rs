@@ -24,6 +24,11 @@ pub(crate) fn delivery(state: &ProcessorState, view: &dyn GuestView, vector: u8)
     }
 }
 
+/// Where the handler of `vector` begins, if the event can be delivered.
+pub fn handler_address(state: &ProcessorState, view: &dyn GuestView, vector: u8) -> Option<Gva> {
+    handler(state, view, vector).ok()
+}
+
 fn handler(state: &ProcessorState, view: &dyn GuestView, vector: u8) -> Result<Gva, String> {
     let is_protected = state.control.cr0 & Cr0Flags::PROTECTED_MODE_ENABLE.bits() != 0;
     let size = match (is_protected, state.is_long_mode()) {

@@ -2,7 +2,7 @@
 
 use core::fmt;
 
-use umbra_vcpu::exit::{Exit, ExitRecord, IoDirection, IoOperand};
+use umbra_vcpu::exit::{Exit, ExitRecord, IoDirection, IoOperand, MoveDirection};
 use umbra_vcpu::registers::Gpr;
 
 /// How many exits are remembered; a power of two.
@@ -80,6 +80,7 @@ impl fmt::Display for ExitText<'_> {
                     None => Ok(()),
                 }
             }
+            Exit::Breakpoint { .. } => f.write_str("breakpoint of the debugger's"),
             Exit::HostInterrupt => f.write_str("host interrupt"),
             Exit::HostNmi => f.write_str("host NMI"),
             Exit::InterruptWindow => f.write_str("interrupt window"),
@@ -111,6 +112,17 @@ impl fmt::Display for ExitText<'_> {
             }
             Exit::WriteControlRegister { register, value } => {
                 write!(f, "{register:?} = {value:#x}")
+            }
+            Exit::MoveDebugRegister {
+                number,
+                general,
+                direction,
+            } => {
+                let general = register_name(general);
+                match direction {
+                    MoveDirection::Write => write!(f, "DR{number} = {general}"),
+                    MoveDirection::Read => write!(f, "{general} = DR{number}"),
+                }
             }
             Exit::InvalidatePage(address) => write!(f, "INVLPG {address}"),
             Exit::InvalidatePcid { kind, descriptor } => {

@@ -10,6 +10,7 @@ extern crate alloc;
 
 mod delivery;
 mod exits;
+pub mod flags;
 pub mod monitor;
 mod post_mortem;
 mod processor;
@@ -17,6 +18,7 @@ pub mod trace;
 mod verdict;
 mod walk;
 
+pub use delivery::handler_address;
 pub use exits::ExitLog;
 pub use post_mortem::{Death, PostMortem};
 pub use processor::ProcessorState;

@@ -142,6 +142,8 @@ const fn exit_name(exit: &Exit) -> &'static str {
         Exit::ReadMsr(_) => "RDMSR",
         Exit::WriteMsr { .. } => "WRMSR",
         Exit::ReadControlRegister { .. } | Exit::WriteControlRegister { .. } => "control register",
+        Exit::MoveDebugRegister { .. } => "debug register",
+        Exit::Breakpoint { .. } => "breakpoint",
         Exit::InvalidatePage(_) | Exit::InvalidatePcid { .. } => "invalidation",
         Exit::InvalidateCaches => "WBINVD",
         Exit::ReadTsc => "RDTSC",

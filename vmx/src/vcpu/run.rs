@@ -8,6 +8,7 @@ use core::arch::asm;
 use core::arch::x86_64::_rdtsc;
 
 use umbra_vcpu::address::Gva;
+use umbra_vcpu::debug::ExitingExceptions;
 use umbra_vcpu::event::{Event, Exception, vector};
 use umbra_vcpu::exit::{Exit, ExitRecord};
 use umbra_vcpu::instruction::{self, MAX_LENGTH};
@@ -29,7 +30,7 @@ use crate::exit::{self, GuestView, RawExit, reason};
 use crate::instructions::{self, CurrentVmcs, Invvpid};
 use crate::paging::{self, HardwareControl};
 use crate::real_mode::RealMode;
-use crate::{bank, fields, host};
+use crate::{fields, host};
 
 impl VmxVcpu {
     /// One round. Interrupts are off.
@@ -151,7 +152,7 @@ impl VmxVcpu {
         let exceptions = if self.real_mode.is_some() {
             u32::MAX
         } else {
-            intercepted_exceptions(new.cr4_shadow)
+            intercepted_exceptions(new.cr4_shadow) | self.debugging.exceptions.bitmap()
         };
         write_if_changed(self.written.exceptions, exceptions, |value| {
             vmcs.write(fields::EXCEPTION_BITMAP, value);
@@ -187,7 +188,7 @@ impl VmxVcpu {
     /// Takes the next event from the queue into the VMCS and asks for the windows that the rest
     /// waits for.
     fn inject(&mut self, vmcs: &CurrentVmcs) -> Option<Event> {
-        let base = self.core.capabilities.primary.bits();
+        let base = self.primary.bits();
         if self.events.is_empty()
             && !self.pending.contains(Pending::WINDOW)
             && self.written.primary == base
@@ -202,7 +203,7 @@ impl VmxVcpu {
             self.interruptibility
                 .remove(Interruptibility::STI | Interruptibility::MOV_SS);
         }
-        let mut primary = self.core.capabilities.primary;
+        let mut primary = self.primary;
         // An STI shadow hides NMIs, too, but only the interrupt window waits for its end.
         let nmi = self.events.needs_nmi_window();
         let sti = self.interruptibility.contains(Interruptibility::STI);
@@ -424,12 +425,9 @@ impl VmxVcpu {
                     let length = u64::from(raw.interruption.instruction_length);
                     self.registers.rip = self.registers.rip.wrapping_add(length);
                 }
-                vector::DEBUG => {
-                    bank::report_debug_conditions(raw.qualification);
-                    // Delivery clears DR7.GD (SDM vol. 3B 18.2.4).
-                    let dr7 = vmcs.read(fields::GUEST_DR7);
-                    vmcs.write(fields::GUEST_DR7, dr7 & !(1 << 13));
-                }
+                vector::DEBUG => return self.debug_exception(vmcs, raw.qualification),
+                // The debugger wants to know where it is.
+                vector::BREAKPOINT if self.debugging.exceptions != ExitingExceptions::None => {}
                 _ if self.real_mode.is_some() => return self.real_mode_exception(raw, exception),
                 _ => {}
             },
