@@ -20,7 +20,6 @@ use umbra_vcpu::{Vcpu, VcpuExt};
 use x86_64::registers::rflags::RFlags;
 
 use super::breakpoints::physical;
-use crate::emulation;
 use crate::guest::Guest;
 
 const TRAP: u64 = RFlags::TRAP_FLAG.bits();
@@ -152,7 +151,7 @@ impl Step {
 }
 
 /// How the instruction at the instruction pointer is stepped.
-fn way_of_instruction(guest: &mut Guest) -> Way {
+fn way_of_instruction(guest: &Guest) -> Way {
     let Some(instruction) = next_instruction(guest) else {
         return Way::Trap(FlagUse::Nothing);
     };
@@ -182,10 +181,11 @@ fn way_of_instruction(guest: &mut Guest) -> Way {
     }
 }
 
-/// The instruction at the instruction pointer, if the guest can fetch it.
-pub fn next_instruction(guest: &mut Guest) -> Option<Instruction> {
+/// The instruction at the instruction pointer, if it is in memory.
+pub fn next_instruction(guest: &Guest) -> Option<Instruction> {
     let mut bytes = [0; MAX_LENGTH];
-    let count = emulation::fetch(guest, &mut bytes);
+    let address = ProcessorState::of(&*guest.vcpu).code_address();
+    let count = guest.paging.read(address, &mut bytes);
     let rip = guest.vcpu.registers().rip;
     instruction::decode(&bytes[..count], guest.vcpu.code_width(), rip)
 }
