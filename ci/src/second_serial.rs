@@ -39,7 +39,7 @@ pub struct Exchange {
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Session {
-    /// GDB's commands after it has connected.
+    /// GDB's commands after it has connected. `ADDRESS` stands for the address to which it connects.
     pub commands: Vec<String>,
     /// Texts that GDB must print, in this order.
     pub expect: Vec<String>,
@@ -47,6 +47,8 @@ pub struct Session {
 
 /// What Umbra prints when GDB can connect.
 const GDB_CAN_CONNECT: &str = "umbra: GDB can debug ";
+/// What stands for the address to connect to, in GDB's commands.
+const ADDRESS: &str = "ADDRESS";
 /// How long GDB waits for an answer, in seconds.
 const GDB_PATIENCE: u32 = 60;
 
@@ -79,7 +81,7 @@ impl SecondSerial {
         command.args(["-ex", &format!("set remotetimeout {GDB_PATIENCE}")]);
         command.args(["-ex", &format!("target remote {address}")]);
         for line in &session.commands {
-            command.args(["-ex", line]);
+            command.args(["-ex", &line.replace(ADDRESS, &address)]);
         }
         command.args(symbols);
         let (expect, console) = (session.expect.clone(), console.clone());
@@ -92,9 +94,12 @@ impl SecondSerial {
             }
             let output = thread::scope(|scope| {
                 let gdb = scope.spawn(move || command.output());
-                if let Some(client) = accept(&listener, is_over) {
-                    // Whichever side ends it: what counts is what GDB has printed.
-                    let _ = copy_both(&machine, &client);
+                // GDB may disconnect and come back.
+                while !gdb.is_finished() {
+                    if let Some(client) = accept_while(&listener, || !gdb.is_finished()) {
+                        // Whichever side ends it: what counts is what GDB has printed.
+                        let _ = copy_both(&machine, &client);
+                    }
                 }
                 gdb.join()
             });
@@ -175,6 +180,11 @@ fn listen() -> Result<TcpListener> {
 
 /// The next connection; `None` once all is over.
 fn accept(listener: &TcpListener, is_over: &AtomicBool) -> Option<TcpStream> {
+    accept_while(listener, || !is_over.load(Ordering::Relaxed))
+}
+
+/// The next connection; `None` if there is none as long as `goes_on`.
+fn accept_while(listener: &TcpListener, goes_on: impl Fn() -> bool) -> Option<TcpStream> {
     loop {
         match listener.accept() {
             Ok((stream, _)) => {
@@ -185,7 +195,7 @@ fn accept(listener: &TcpListener, is_over: &AtomicBool) -> Option<TcpStream> {
             Err(error) if error.kind() == ErrorKind::WouldBlock => {}
             Err(_) => return None,
         }
-        if is_over.load(Ordering::Relaxed) {
+        if !goes_on() {
             return None;
         }
         thread::sleep(PERIOD);

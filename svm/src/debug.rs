@@ -95,10 +95,10 @@ impl SvmVcpu {
         self.change_debug_registers(|_| ());
         self.set_dr6(dr6);
         // Some emulators take INT3 for an INT n.
-        self.vmcb_mut().control.intercepts3.set(
-            Intercepts3::INTN,
-            debugging.exceptions != ExitingExceptions::None,
-        );
+        self.vmcb_mut()
+            .control
+            .intercepts3
+            .set(Intercepts3::INTN, debugging.exceptions.include_int3());
         self.usual_events = false;
     }
 

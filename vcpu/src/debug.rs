@@ -196,17 +196,26 @@ pub enum ExitingExceptions {
     Int3,
     /// All: none is delivered behind the debugger's back.
     All,
+    /// All but the #BP and #OF of instructions: one of the guest's own is about to be carried out.
+    AllButTraps,
 }
 
 impl ExitingExceptions {
     /// A bit for each vector, as both vendors' exception bitmaps have them.
     pub const fn bitmap(self) -> u32 {
         use crate::event::vector;
+        const ALL: u32 = !(1 << vector::NMI);
         match self {
             Self::None => 0,
             Self::Int3 => 1 << vector::BREAKPOINT,
-            Self::All => !(1 << vector::NMI),
+            Self::All => ALL,
+            Self::AllButTraps => ALL & !(1 << vector::BREAKPOINT | 1 << vector::OVERFLOW),
         }
+    }
+
+    /// Whether #BP is among them.
+    pub const fn include_int3(self) -> bool {
+        matches!(self, Self::Int3 | Self::All)
     }
 }
 

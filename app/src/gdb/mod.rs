@@ -28,7 +28,7 @@ use gdbstub::stub::{DisconnectReason, GdbStub, MultiThreadStopReason};
 use umbra_report::ExitCode;
 use umbra_report::options::Debug;
 use umbra_vcpu::debug::ExitingExceptions;
-use umbra_vcpu::event::{Event, vector};
+use umbra_vcpu::event::vector;
 use umbra_vcpu::exit::Exit;
 
 use self::breakpoints::{Placed, Stop};
@@ -54,6 +54,8 @@ pub struct Debugged {
     placed: Placed,
     /// The step that the next exit ends.
     step: Option<Step>,
+    /// Whether the processor carries out a trap instruction of the guest's own.
+    own_trap: bool,
     /// The widest code that the guest's image has.
     image: Layout,
     layout: Layout,
@@ -98,6 +100,7 @@ impl Debugged {
             stop: None,
             placed: Placed::default(),
             step: None,
+            own_trap: false,
             image,
             layout: image,
         }
@@ -135,6 +138,9 @@ pub fn before_exit(guest: &mut Guest, exit: &Exit) -> Result<Verdict, End> {
         .as_mut()
         .and_then(|debugged| debugged.step.take());
     let stepped = step.map_or(Stepped::No, |step| step.end(guest, exit));
+    if finish_own_trap(guest) {
+        return after_own_trap(guest, exit);
+    }
     match *exit {
         Exit::Breakpoint { hits, exception } => {
             let is_guests = match step {
@@ -166,24 +172,53 @@ pub fn before_exit(guest: &mut Guest, exit: &Exit) -> Result<Verdict, End> {
                 stop(guest, reason(Stop::Software));
                 return Ok(Verdict::Stopped);
             }
-            Ok(deliver_own(guest, exception.vector))
+            Ok(carry_out_own(guest, exception.vector))
         }
         Exit::Exception(exception) if exception.vector == vector::OVERFLOW => {
-            Ok(deliver_own(guest, exception.vector))
+            Ok(carry_out_own(guest, exception.vector))
         }
         _ => Ok(Verdict::Guests),
     }
 }
 
-/// Lets the guest's own INT3 or INTO go on to its handler.
-fn deliver_own(guest: &mut Guest, vector: u8) -> Verdict {
-    let length = step::next_instruction(guest).map_or(1, |instruction| instruction.len());
-    guest.vcpu.events_mut().restore(Event::SoftwareException {
-        vector,
-        instruction_length: length as u8,
-    });
-    step_on(guest);
+/// Lets the processor carry out the guest's own INT3 or INTO, and come back at its handler.
+fn carry_out_own(guest: &mut Guest, vector: u8) -> Verdict {
+    let landing = step::handler(guest, vector);
+    if let Some(debugged) = &mut guest.debugged {
+        debugged.own_trap = true;
+        let debugging = debugged
+            .placed
+            .debugging(ExitingExceptions::AllButTraps, landing);
+        guest.vcpu.set_debugging(&debugging);
+    }
     Verdict::Handled
+}
+
+/// Whether the exit is the first one since [`carry_out_own`]: all breakpoints work again.
+fn finish_own_trap(guest: &mut Guest) -> bool {
+    let debugged = guest.debugged.as_mut();
+    let was_own = debugged.is_some_and(|debugged| core::mem::take(&mut debugged.own_trap));
+    if was_own {
+        apply(guest, ExitingExceptions::None);
+    }
+    was_own
+}
+
+/// What such an exit means.
+fn after_own_trap(guest: &mut Guest, exit: &Exit) -> Result<Verdict, End> {
+    let Exit::Breakpoint { hits, exception } = *exit else {
+        return Ok(Verdict::Guests);
+    };
+    if let Some(exception) = exception {
+        guest.raise(exception)?;
+    }
+    let debugged = guest.debugged.as_ref();
+    let hit = debugged.and_then(|debugged| debugged.placed.hardware_hit(hits));
+    if hit.is_none() && !is_stepping(guest) {
+        return Ok(Verdict::Handled);
+    }
+    stop(guest, hit.map_or(DONE, reason));
+    Ok(Verdict::Stopped)
 }
 
 /// Whether the guest has stopped because its one instruction, at `rip`, was carried out in its place, or a
@@ -248,6 +283,7 @@ fn halt(guest: &mut Guest) {
     let step = guest.debugged.as_mut().and_then(|debugged| {
         debugged.mode = Mode::Stopped;
         debugged.stop = None;
+        debugged.own_trap = false;
         debugged.step.take()
     });
     if let Some(step) = step {

@@ -182,7 +182,7 @@ fn way_of_instruction(guest: &Guest) -> Way {
 }
 
 /// The instruction at the instruction pointer, if it is in memory.
-pub fn next_instruction(guest: &Guest) -> Option<Instruction> {
+fn next_instruction(guest: &Guest) -> Option<Instruction> {
     let mut bytes = [0; MAX_LENGTH];
     let address = ProcessorState::of(&*guest.vcpu).code_address();
     let count = guest.paging.read(address, &mut bytes);
@@ -190,7 +190,8 @@ pub fn next_instruction(guest: &Guest) -> Option<Instruction> {
     instruction::decode(&bytes[..count], guest.vcpu.code_width(), rip)
 }
 
-fn handler(guest: &Guest, vector: u8) -> Option<Gva> {
+/// Where the handler of `vector` begins, if it can be reached.
+pub fn handler(guest: &Guest, vector: u8) -> Option<Gva> {
     let view: &dyn GuestView = &guest.paging;
     handler_address(&ProcessorState::of(&*guest.vcpu), view, vector)
 }

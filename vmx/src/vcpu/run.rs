@@ -8,7 +8,6 @@ use core::arch::asm;
 use core::arch::x86_64::_rdtsc;
 
 use umbra_vcpu::address::Gva;
-use umbra_vcpu::debug::ExitingExceptions;
 use umbra_vcpu::event::{Event, Exception, vector};
 use umbra_vcpu::exit::{Exit, ExitRecord};
 use umbra_vcpu::instruction::{self, MAX_LENGTH};
@@ -44,7 +43,7 @@ impl VmxVcpu {
         let is_usual = self.pending.is_empty()
             && self.real_mode.is_none()
             && self.events.is_empty()
-            && self.written.primary == self.core.capabilities.primary.bits();
+            && self.written.primary == self.primary.bits();
         let mut event = None;
         if !is_usual {
             match self.prepare(&vmcs)? {
@@ -427,7 +426,7 @@ impl VmxVcpu {
                 }
                 vector::DEBUG => return self.debug_exception(vmcs, raw.qualification),
                 // The debugger wants to know where it is.
-                vector::BREAKPOINT if self.debugging.exceptions != ExitingExceptions::None => {}
+                vector::BREAKPOINT if self.debugging.exceptions.include_int3() => {}
                 _ if self.real_mode.is_some() => return self.real_mode_exception(raw, exception),
                 _ => {}
             },
