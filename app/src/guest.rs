@@ -313,7 +313,7 @@ impl Guest {
         {
             return Err(end_of_machine(shutdown));
         }
-        if self.debugged.is_some() && gdb::after_exit(self, rip) {
+        if self.debugged.is_some() && gdb::after_exit(self) {
             return Ok(Progress::Stopped);
         }
         if matches!(

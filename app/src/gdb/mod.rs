@@ -54,6 +54,8 @@ pub struct Debugged {
     placed: Placed,
     /// The step that the next exit ends.
     step: Option<Step>,
+    /// Where that instruction is.
+    stepped_from: u64,
     /// Whether the processor carries out a trap instruction of the guest's own.
     own_trap: bool,
     /// The widest code that the guest's image has.
@@ -100,6 +102,7 @@ impl Debugged {
             stop: None,
             placed: Placed::default(),
             step: None,
+            stepped_from: 0,
             own_trap: false,
             image,
             layout: image,
@@ -221,13 +224,17 @@ fn after_own_trap(guest: &mut Guest, exit: &Exit) -> Result<Verdict, End> {
     Ok(Verdict::Stopped)
 }
 
-/// Whether the guest has stopped because its one instruction, at `rip`, was carried out in its place, or a
-/// breakpoint is in the way of the next one.
-pub fn after_exit(guest: &mut Guest, rip: u64) -> bool {
-    if guest.debugged.as_ref().is_some_and(Debugged::is_stopped) {
+/// Whether the guest has stopped because its one instruction was carried out in its place, an event was
+/// delivered before another exit, or a breakpoint is in the way of the next instruction.
+pub fn after_exit(guest: &mut Guest) -> bool {
+    let Some(debugged) = &guest.debugged else {
+        return false;
+    };
+    if debugged.is_stopped() {
         return true;
     }
-    let has_moved = guest.vcpu.registers().rip != rip || guest.halted == Halted::Yes;
+    let has_moved =
+        guest.vcpu.registers().rip != debugged.stepped_from || guest.halted == Halted::Yes;
     if !is_stepping(guest) {
         return false;
     }
@@ -309,8 +316,10 @@ fn apply(guest: &mut Guest, exceptions: ExitingExceptions) {
 fn step_on(guest: &mut Guest) {
     if is_stepping(guest) {
         let step = step::begin(guest);
+        let rip = guest.vcpu.registers().rip;
         if let Some(debugged) = &mut guest.debugged {
             debugged.step = Some(step);
+            debugged.stepped_from = rip;
         }
     }
 }
