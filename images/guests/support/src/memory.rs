@@ -94,6 +94,19 @@ pub fn poke<T: Word>(address: PhysAddr, value: T) {
     unsafe { store(address.identity().0 as *mut T, value) }
 }
 
+/// A word of identity-mapped RAM that others change, too: other processors, or this one's walk of
+/// page tables.
+///
+/// # Panics
+///
+/// If the address is not aligned.
+#[cfg(target_arch = "x86_64")]
+pub fn atomic(address: PhysAddr) -> &'static core::sync::atomic::AtomicU64 {
+    assert!(address.0.is_multiple_of(8), "{address:?} is not aligned");
+    // SAFETY: the crate's fact 2; the RAM is never given back, and aligned.
+    unsafe { core::sync::atomic::AtomicU64::from_ptr(address.identity().0 as *mut u64) }
+}
+
 /// Fills `bytes` bytes of identity-mapped RAM with zeroes.
 pub fn clear(address: PhysAddr, bytes: usize) {
     // SAFETY: the crate's fact 2.

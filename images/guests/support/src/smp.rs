@@ -227,6 +227,15 @@ pub fn call(number: usize, job: Job) {
     wait_until(|| is_idle(number));
 }
 
+/// Runs `body` on this processor while interrupts, but no NMIs, wait.
+pub fn with_interrupts_off(body: impl FnOnce()) {
+    // SAFETY: interrupts wait meanwhile; they are on again at once.
+    unsafe { asm!("cli", options(nomem, nostack)) };
+    body();
+    // SAFETY: interrupts enter `hook`, which keeps all registers.
+    unsafe { asm!("sti", options(nomem, nostack)) };
+}
+
 /// Waits for something that another processor does.
 pub fn wait_until(mut condition: impl FnMut() -> bool) {
     while !condition() {

@@ -6,7 +6,6 @@
 #![no_std]
 #![no_main]
 
-use core::arch::asm;
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering::SeqCst};
 
 use umbra_guest::cpu::{msr, rdmsr, rdtsc};
@@ -40,7 +39,7 @@ fn run(boot: &BootInfo, checks: &mut Checks) {
     });
     if interrupts::has_x2apic() {
         smp::with_processors(Mode::X2Apic, handle, || {
-            exchange(checks, count, Mode::X2Apic)
+            exchange(checks, count, Mode::X2Apic);
         });
     } else {
         checks.skip("x2APIC", "no x2APIC");
@@ -208,12 +207,10 @@ fn logical(checks: &mut Checks, count: usize, mode: Mode) {
 /// An NMI comes also where interrupts are off.
 fn nmi(checks: &mut Checks, number: usize) {
     fn wait(number: usize) {
-        // SAFETY: interrupts wait meanwhile; they are on again at once.
-        unsafe { asm!("cli", options(nomem, nostack)) };
-        RESULT.store(1, SeqCst);
-        smp::wait_until(|| NMIS[number].load(SeqCst) != 0);
-        // SAFETY: as before `cli`.
-        unsafe { asm!("sti", options(nomem, nostack)) };
+        smp::with_interrupts_off(|| {
+            RESULT.store(1, SeqCst);
+            smp::wait_until(|| NMIS[number].load(SeqCst) != 0);
+        });
     }
     RESULT.store(0, SeqCst);
     NMIS[number].store(0, SeqCst);
