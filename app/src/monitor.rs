@@ -166,8 +166,11 @@ fn execute(command: Command, guests: &mut [Running]) -> Result<Reply, CommandErr
             heap: pressure::heap_counters(),
         },
         Command::Shrink { pages } => {
+            let start = platform::timestamp();
             let shrunk = pressure::shrink(pages);
+            let ticks = platform::timestamp() - start;
             Reply::Shrunk {
+                ticks,
                 freed: shrunk.freed as u64,
                 skipped: shrunk.skipped as u64,
             }

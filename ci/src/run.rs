@@ -34,7 +34,7 @@ pub struct Options {
     guest: Option<String>,
     /// Several guests, as this umbra.toml describes them; its guests are Umbra's own by name, or files
     /// beside it
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["guest", "initrd", "append", "memory", "mmu_pages", "mmu_policy", "on_exhausted"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["guest", "initrd", "append", "memory", "mmu_pages", "mmu_policy", "mmu_batch", "on_exhausted"])]
     config: Option<PathBuf>,
     /// A file to pass to the guest as its initrd or first module
     #[arg(long, value_name = "FILE", requires = "guest")]
@@ -51,6 +51,10 @@ pub struct Options {
     /// Which shadow pages go first when there are too many: clock or fifo [default: clock]
     #[arg(long, value_name = "NAME")]
     mmu_policy: Option<String>,
+    /// The most shadow pages that go at once, with one flush: 1 is one at a time [default: all that must
+    /// go]
+    #[arg(long, value_name = "N")]
+    mmu_batch: Option<String>,
     /// What happens when the guest needs more shadow pages at once than it may use: stop or raise
     /// [default: stop]
     #[arg(long, value_name = "DO")]
@@ -228,6 +232,7 @@ fn arguments(options: &Options, source: Option<&Source>) -> Vec<String> {
         ),
         ("--mmu-pages", options.mmu_pages.clone()),
         ("--mmu-policy", options.mmu_policy.clone()),
+        ("--mmu-batch", options.mmu_batch.clone()),
         ("--on-exhausted", options.on_exhausted.clone()),
         (
             "--trace",

@@ -65,8 +65,20 @@ impl SecondSerial {
     /// # Errors
     /// When no local port can be had.
     pub fn script(exchanges: &[Exchange], console: &Console) -> Result<Self> {
+        Self::conversation(exchanges, console, |_| {})
+    }
+
+    /// The same, and hands each reply on.
+    ///
+    /// # Errors
+    /// When no local port can be had.
+    pub fn conversation(
+        exchanges: &[Exchange],
+        console: &Console,
+        reply: impl FnMut(&str) + Send + 'static,
+    ) -> Result<Self> {
         let (exchanges, console) = (exchanges.to_vec(), console.clone());
-        Self::start(move |machine, is_over| perform(&exchanges, &machine, &console, is_over))
+        Self::start(move |machine, is_over| perform(&exchanges, &machine, &console, is_over, reply))
     }
 
     /// Runs a session of GDB, with the symbols of this file, and looks at what it prints.
@@ -253,6 +265,7 @@ fn perform(
     mut machine: &TcpStream,
     console: &Console,
     is_over: &AtomicBool,
+    mut hand_on: impl FnMut(&str),
 ) -> Vec<String> {
     let mut replies = BufReader::new(machine);
     let mut position = 0;
@@ -276,6 +289,7 @@ fn perform(
         if result.is_err() || !reply.ends_with('\n') {
             return vec![format!("`{send}` got no reply but {reply:?}")];
         }
+        hand_on(&reply);
         let mut rest = reply.as_str();
         for text in &exchange.expect {
             match rest.split_once(text.as_str()) {

@@ -71,6 +71,9 @@ pub struct MmuConfig {
     pub limit: usize,
     /// How victims are chosen.
     pub victims: VictimPolicy,
+    /// The most pages that recycling zaps before it commits, with one flush: at least 1, which is one
+    /// at a time.
+    pub batch: usize,
     /// Roots that a virtual CPU keeps besides the one in use, at most 8.
     pub previous_roots: usize,
     /// The largest page that the hardware can map: level 3 needs 1 GiB pages.
@@ -85,6 +88,7 @@ impl Default for MmuConfig {
             features: GuestFeatures::default(),
             limit: MINIMUM_PAGES,
             victims: VictimPolicy::Clock,
+            batch: usize::MAX,
             previous_roots: 3,
             largest_mapping: Level::Two,
             prefetch: 8,

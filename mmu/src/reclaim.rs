@@ -73,7 +73,13 @@ impl<H: Host> Core<'_, H> {
 
     /// Zaps pages to make room under a limit. Returns how many were freed.
     pub fn recycle(&mut self, wanted: usize) -> usize {
-        let freed = self.reclaim(wanted);
+        let mut freed = 0;
+        while freed < wanted {
+            match self.reclaim((wanted - freed).min(self.config.batch)) {
+                0 => break,
+                more => freed += more,
+            }
+        }
         self.state.counters.mmu_recycled += freed as u64;
         freed
     }

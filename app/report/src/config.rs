@@ -132,6 +132,7 @@ fn table(guest: &GuestOptions) -> Table {
     let given = given.into_iter();
     table.extend(given.filter_map(|(key, value)| Some(text(key, value?))));
     table.extend(guest.mmu_pages.map(|pages| number("mmu-pages", pages)));
+    table.extend(guest.mmu_batch.map(|pages| number("mmu-batch", pages)));
     table
 }
 
@@ -172,13 +173,14 @@ pub fn keys() -> impl Iterator<Item = Key> {
 }
 
 /// The keys that stand at the top.
-const TOP: [&str; 17] = [
+const TOP: [&str; 18] = [
     "image",
     "initrd",
     "append",
     "memory",
     "mmu-pages",
     "mmu-policy",
+    "mmu-batch",
     "on-exhausted",
     "fail-allocation",
     "shrink-at",
@@ -192,7 +194,7 @@ const TOP: [&str; 17] = [
     "guest",
 ];
 /// The keys of a guest.
-const GUEST: [&str; 17] = [
+const GUEST: [&str; 18] = [
     "name",
     "image",
     "initrd",
@@ -200,6 +202,7 @@ const GUEST: [&str; 17] = [
     "memory",
     "mmu-pages",
     "mmu-policy",
+    "mmu-batch",
     "on-exhausted",
     "fail-allocation",
     "shrink-at",
@@ -388,6 +391,7 @@ mod tests {
             texts in prop::collection::vec("(?s).+", 2),
             pages in 512_u64..1 << 27,
             mmu_pages in prop::option::of(1_u64..=options::MAXIMUM_MMU_PAGES),
+            mmu_batch in prop::option::of(1_u64..=options::MAXIMUM_MMU_PAGES),
             flags in any::<[bool; 5]>(),
             trace in 0..4_usize,
             gdb in prop::option::of(prop::sample::select(Vec::from([Debug::Wait, Debug::Attach]))),
@@ -404,6 +408,7 @@ mod tests {
                 append: append.clone(),
                 memory: pages << 12,
                 mmu_pages,
+                mmu_batch,
                 mmu_policy: if flags[0] { MmuPolicy::Clock } else { MmuPolicy::Fifo },
                 on_exhausted: if flags[1] { OnExhausted::Stop } else { OnExhausted::Raise },
                 device: flags[2].then_some(Device::TestDevice),

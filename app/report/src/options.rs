@@ -34,6 +34,8 @@ Umbra runs guests, whose files the boot loader passes as modules or in one tar a
                      than 64 it may need more at once than it may have
   --mmu-policy NAME  which shadow pages go first when there are too many: clock, those that are used
                      least, or fifo, the oldest (default: clock)
+  --mmu-batch N      the most shadow pages that go at once, with one flush: 1 is one at a time
+                     (default: all that must go)
   --on-exhausted DO  what happens when it needs more shadow pages at once than it may have: stop, or
                      raise, to let it have them (default: stop)
   --device NAME      a device that it has besides the usual ones: testdev, which kernels that test
@@ -138,6 +140,8 @@ pub struct GuestOptions {
     pub mmu_pages: Option<u64>,
     /// Which shadow pages go first when there are too many.
     pub mmu_policy: MmuPolicy,
+    /// The most shadow pages that go with one flush; without it, all that must go.
+    pub mmu_batch: Option<u64>,
     /// What happens when it needs more shadow pages at once than it may have.
     pub on_exhausted: OnExhausted,
     /// The device that it has besides the usual ones, if it has one.
@@ -170,6 +174,7 @@ impl Default for GuestOptions {
             memory: DEFAULT_MEMORY,
             mmu_pages: None,
             mmu_policy: MmuPolicy::Clock,
+            mmu_batch: None,
             on_exhausted: OnExhausted::Stop,
             device: None,
             fail_allocation: None,
@@ -406,6 +411,7 @@ pub(crate) enum Name {
     Memory,
     MmuPages,
     MmuPolicy,
+    MmuBatch,
     OnExhausted,
     Device,
     FailAllocation,
@@ -421,7 +427,7 @@ pub(crate) enum Name {
 }
 
 impl Name {
-    pub(crate) const ALL: [Self; 19] = [
+    pub(crate) const ALL: [Self; 20] = [
         Self::Guest,
         Self::Image,
         Self::Initrd,
@@ -429,6 +435,7 @@ impl Name {
         Self::Memory,
         Self::MmuPages,
         Self::MmuPolicy,
+        Self::MmuBatch,
         Self::OnExhausted,
         Self::Device,
         Self::FailAllocation,
@@ -452,6 +459,7 @@ impl Name {
             Self::Memory => "--memory",
             Self::MmuPages => "--mmu-pages",
             Self::MmuPolicy => "--mmu-policy",
+            Self::MmuBatch => "--mmu-batch",
             Self::OnExhausted => "--on-exhausted",
             Self::Device => "--device",
             Self::FailAllocation => "--fail-allocation",
@@ -477,6 +485,7 @@ impl Name {
             Self::Memory => "a size, as in --memory 256M",
             Self::MmuPages => "a number, as in --mmu-pages 1024",
             Self::MmuPolicy => "clock or fifo, as in --mmu-policy fifo",
+            Self::MmuBatch => "a number, as in --mmu-batch 1",
             Self::OnExhausted => "stop or raise, as in --on-exhausted raise",
             Self::Device => "a device, as in --device testdev",
             Self::FailAllocation => "a number, as in --fail-allocation 1 or --fail-allocation 1..",
@@ -504,6 +513,7 @@ impl Name {
             Self::Memory => Kind::Size,
             Self::MmuPages => Kind::Number(MINIMUM_MMU_PAGES..=MAXIMUM_MMU_PAGES),
             Self::MmuPolicy => Kind::of::<MmuPolicy>(),
+            Self::MmuBatch => Kind::Number(1..=MAXIMUM_MMU_PAGES),
             Self::OnExhausted => Kind::of::<OnExhausted>(),
             Self::Device => Kind::of::<Device>(),
             Self::Repeat => Kind::Number(1..=MAXIMUM_REPEAT),
@@ -625,6 +635,9 @@ fn set(options: &mut GuestOptions, name: Name, value: &str) -> Result<(), Option
         }
         Name::MmuPolicy => {
             options.mmu_policy = choice(name, value, "there is no such policy")?;
+        }
+        Name::MmuBatch => {
+            options.mmu_batch = Some(number_within_bounds(name, value)?);
         }
         Name::OnExhausted => {
             options.on_exhausted = choice(name, value, "that cannot be done")?;

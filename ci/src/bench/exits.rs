@@ -4,7 +4,7 @@
 use anyhow::{Result, bail};
 
 use super::Measurement;
-use super::guests::{Runner, costs};
+use super::guests::{Run, Runner, costs};
 use crate::platform::Platform;
 
 const GUEST: &str = "exit-costs";
@@ -45,7 +45,7 @@ pub(super) fn measure(runner: &Runner<'_>) -> Result<Vec<Measurement>> {
     ];
     let mut measured = Vec::new();
     for (platform, where_and_what, bounds) in platforms {
-        let finished = runner.run(platform, GUEST, 1, &[])?;
+        let finished = runner.run(&Run::new(platform, GUEST))?;
         let costs = costs(&finished.console);
         if costs.is_empty() {
             bail!(

@@ -8,7 +8,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 
-use super::Measurement;
+use super::{Measurement, SPREAD_TARGET, spread};
 use crate::command::{Step, clean};
 use crate::project::Project;
 use crate::setup;
@@ -25,8 +25,6 @@ const ZAPS: [(u32, u32); 6] = [
     (100_000, 4096),
 ];
 const ZAP_TABLE: &str = "batch zaps, callgrind";
-/// How far the cost of a page may be from the mean, whatever the sizes, in percent.
-const SPREAD_TARGET: f64 = 30.0;
 /// An operation, the program's arguments for it, how many of it that counts, and how many instructions
 /// one may take.
 type Operation = (&'static str, &'static [&'static str], u32, Option<f64>);
@@ -224,13 +222,6 @@ fn number_before(line: &str, word: &str) -> Option<f64> {
     words[at.checked_sub(1)?].parse().ok()
 }
 
-/// How far any value is from the mean, in percent of that.
-fn spread(values: &[f64]) -> f64 {
-    let mean = values.iter().sum::<f64>() / f64::from(values.len() as u32);
-    let distances = values.iter().map(|value| (value - mean).abs());
-    distances.fold(0.0, f64::max) * 100.0 / mean
-}
-
 /// Which page of a region of 2 MiB a trace reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Reads {
@@ -288,12 +279,6 @@ fn trace(program: &Path, kind: &str, pages: &str, reads: Reads) -> Result<[Measu
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_spread_is_the_largest_distance_from_the_mean() {
-        assert!((spread(&[100.0, 100.0]) - 0.0).abs() < 1e-9);
-        assert!((spread(&[80.0, 90.0, 130.0]) - 30.0).abs() < 1e-9);
-    }
 
     #[test]
     fn callgrind_s_count_is_read() {

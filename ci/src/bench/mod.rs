@@ -4,6 +4,7 @@
 //! are counted by callgrind on the host, those of exits by the guest itself, on emulated processors
 //! whose time-stamp counters count instructions.
 
+mod boot;
 mod chart;
 mod exits;
 mod guests;
@@ -19,6 +20,9 @@ use serde::Serialize;
 
 use self::guests::Runner;
 use crate::project::Project;
+
+/// How far the cost of a page may be from the mean, whatever the sizes, in percent.
+const SPREAD_TARGET: f64 = 30.0;
 
 /// The options of `bench`.
 #[derive(Args, Debug)]
@@ -41,8 +45,10 @@ enum Part {
     Mmu,
     /// Round trips out of a guest, on emulated processors
     Exits,
-    /// A guest's page tables: first use, changes, recycling, several guests at once
+    /// A guest's page tables: first use, changes, forks, recycling and shrinking, several guests at once
     Paging,
+    /// The way from a machine's start to the guest's first instruction, on every platform
+    Boot,
 }
 
 /// One thing that was measured.
@@ -94,13 +100,19 @@ pub fn bench(project: &Project, options: &Options) -> Result<()> {
     if wants(Part::Mmu) {
         measured.extend(mmu::measure(project)?);
     }
-    if wants(Part::Exits) || wants(Part::Paging) {
+    if [Part::Exits, Part::Paging, Part::Boot]
+        .into_iter()
+        .any(wants)
+    {
         let runner = Runner::new(project)?;
         if wants(Part::Exits) {
             measured.extend(exits::measure(&runner)?);
         }
         if wants(Part::Paging) {
             measured.extend(paging::measure(&runner)?);
+        }
+        if wants(Part::Boot) {
+            measured.extend(boot::measure(&runner)?);
         }
     }
     print_tables(&measured);
@@ -112,6 +124,13 @@ pub fn bench(project: &Project, options: &Options) -> Result<()> {
         chart::write(&measured, directory)?;
     }
     Ok(())
+}
+
+/// How far any value is from the mean, in percent of that.
+fn spread(values: &[f64]) -> f64 {
+    let mean = values.iter().sum::<f64>() / f64::from(values.len() as u32);
+    let distances = values.iter().map(|value| (value - mean).abs());
+    distances.fold(0.0, f64::max) * 100.0 / mean
 }
 
 fn print_tables(measured: &[Measurement]) {
@@ -145,6 +164,12 @@ fn row(measurement: &Measurement) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_spread_is_the_largest_distance_from_the_mean() {
+        assert!((spread(&[100.0, 100.0]) - 0.0).abs() < 1e-9);
+        assert!((spread(&[80.0, 90.0, 130.0]) - 30.0).abs() < 1e-9);
+    }
 
     #[test]
     fn a_row_says_whether_the_target_is_met() {

@@ -68,6 +68,7 @@ pub(super) fn run(project: &Project, boot: &Boot<'_>, console: &Console) -> Resu
         .arg(&debugger)
         .stdout(Stdio::from(output.try_clone()?))
         .stderr(Stdio::from(output));
+    console.start_of_machine();
     let child = die_with_us(&mut command).spawn();
     let mut child = child.context("cannot start bochs")?;
     let ending = converse(&mut child, &listener, boot, console);

@@ -12,7 +12,7 @@ use std::fmt;
 use std::io::{Read, Write};
 use std::path::Path;
 use std::process::{Command, ExitStatus, Stdio};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -264,6 +264,7 @@ fn run_command(
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
+    console.start_of_machine();
     let child = die_with_us(&mut command).spawn();
     let mut child = child.with_context(|| format!("cannot start {program}"))?;
     let keyboard = child.stdin.take().context("the console has no input")?;
@@ -382,6 +383,7 @@ impl<'a> LineFilter<'a> {
 pub struct Console {
     show: Show,
     start: Instant,
+    machine_start: Arc<OnceLock<Instant>>,
     recorded: Arc<Mutex<Vec<u8>>>,
 }
 
@@ -391,6 +393,7 @@ impl Console {
         Self {
             show,
             start: Instant::now(),
+            machine_start: Arc::default(),
             recorded: Arc::default(),
         }
     }
@@ -443,9 +446,19 @@ impl Console {
         Some(position + at + text.len())
     }
 
-    /// How long ago the machine was started.
+    /// How long it has been there, which is longer than its machine.
     pub fn elapsed(&self) -> Duration {
         self.start.elapsed()
+    }
+
+    /// Notes that the machine is started now.
+    fn start_of_machine(&self) {
+        self.machine_start.get_or_init(Instant::now);
+    }
+
+    /// How long ago the machine was started.
+    pub fn since_start_of_machine(&self) -> Option<Duration> {
+        self.machine_start.get().map(Instant::elapsed)
     }
 }
 

@@ -56,6 +56,36 @@ fn fifo_takes_the_oldest_first() {
     assert!(guest.host.0.flushes.load(Ordering::Relaxed) > flushes);
 }
 
+/// The flushes of a guest's first recycling, and the pages that it took.
+fn first_recycling(batch: usize) -> (u64, u64) {
+    let mut guest = Guest::with(MmuConfig {
+        limit: 64,
+        batch,
+        prefetch: 1,
+        ..MmuConfig::default()
+    });
+    regions(&mut guest, 200);
+    for region in 0..200 {
+        let before = guest.host.0.flushes.load(Ordering::Relaxed);
+        guest.page(read(region << 21));
+        let recycled = guest.mmu.statistics().mmu_recycled;
+        if recycled > 0 {
+            let after = guest.host.0.flushes.load(Ordering::Relaxed);
+            return (u64::from(after - before), recycled);
+        }
+    }
+    unreachable!("all fits")
+}
+
+#[test]
+fn pages_go_in_batches_of_the_size_that_is_asked_for() {
+    let (whole, pages) = first_recycling(usize::MAX);
+    assert_eq!(whole, 1);
+    assert!(pages >= (REFILL_PAGES - MINIMUM_FREE_PAGES) as u64);
+    assert_eq!(first_recycling(1), (pages, pages));
+    assert_eq!(first_recycling(10), (pages.div_ceil(10), pages));
+}
+
 /// 16 hot of 256 regions take 90 % of the accesses: faults on hot regions, and on all. (A cold access
 /// faults under any policy as often as its region isn't among the few cold ones that fit.)
 fn hot_cold(victims: VictimPolicy, limit: usize, seed: u64) -> (usize, usize) {

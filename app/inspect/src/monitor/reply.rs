@@ -43,6 +43,8 @@ pub enum Reply {
         freed: u64,
         /// MMUs that were busy.
         skipped: u64,
+        /// How far the time-stamp counter got meanwhile.
+        ticks: u64,
     },
     /// A guest's limit was changed.
     Limit {
@@ -240,9 +242,14 @@ impl fmt::Display for Reply {
                     heap.heap_free, heap.heap_low_water, heap.heap_low_memory_calls
                 )
             }
-            Self::Shrunk { freed, skipped } => {
-                writeln!(f, "{freed} frames given back, {skipped} MMUs were busy")
-            }
+            Self::Shrunk {
+                freed,
+                skipped,
+                ticks,
+            } => writeln!(
+                f,
+                "{freed} frames given back in {ticks} ticks, {skipped} MMUs were busy"
+            ),
             Self::Limit {
                 guest,
                 mmu_pages_limit,
