@@ -11,6 +11,7 @@ use anyhow::{Context, Result};
 use serde::Deserialize;
 
 use crate::command::{Step, clean};
+use crate::first_guest;
 use crate::guest::{self, Guest, Source};
 use crate::kernel;
 use crate::linux;
@@ -111,6 +112,7 @@ impl<'a> Builder<'a> {
             }
             Source::Hermit => (self.hermit_guest()?, None),
             Source::Memtest => (memtest::set_up(self.project)?, None),
+            Source::First => (first_guest::set_up(self.project)?, None),
             Source::File(path) => (path.clone(), None),
         };
         Ok(GuestFiles { image, initrd })

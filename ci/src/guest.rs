@@ -75,6 +75,8 @@ pub enum Source {
     Hermit,
     /// Debian's memory tester.
     Memtest,
+    /// The one whose making `docs/ci.md` shows.
+    First,
     /// It is this file.
     File(PathBuf),
 }
@@ -87,6 +89,8 @@ const LINUX_PVH: &str = "linux-pvh";
 const HERMIT: &str = "hermit";
 /// The name of [`Source::Memtest`].
 const MEMTEST: &str = "memtest86";
+/// The name of [`Source::First`].
+const FIRST: &str = "first-guest";
 
 impl Source {
     /// Finds a guest by what the user calls it.
@@ -109,13 +113,16 @@ impl Source {
         if name == MEMTEST {
             return Ok(Self::Memtest);
         }
+        if name == FIRST {
+            return Ok(Self::First);
+        }
         if Path::new(name).is_file() {
             return Ok(Self::File(PathBuf::from(name)));
         }
         let names = own
             .iter()
             .map(|guest| guest.name.as_str())
-            .chain([LINUX, LINUX_PVH, HERMIT, MEMTEST]);
+            .chain([LINUX, LINUX_PVH, HERMIT, MEMTEST, FIRST]);
         let hint = keys::suggestion(name, names);
         let reason = "neither a file nor one of Umbra's own guests";
         Err(BadInput(format!("guest {name}: {reason}; {hint}")).into())
@@ -126,7 +133,7 @@ impl Source {
         let own = match self {
             Self::Linux(_) => Some(linux::COMMAND_LINE),
             Self::Memtest => Some(memtest::COMMAND_LINE),
-            Self::Own(_) | Self::Hermit | Self::File(_) => None,
+            Self::Own(_) | Self::Hermit | Self::First | Self::File(_) => None,
         };
         match (own, append) {
             (Some(own), Some(append)) => Some(format!("{own} {append}")),
@@ -139,7 +146,7 @@ impl Source {
     pub fn device(&self) -> Option<&str> {
         match self {
             Self::Own(guest) => guest.device.as_deref(),
-            Self::Linux(_) | Self::Hermit | Self::Memtest | Self::File(_) => None,
+            Self::Linux(_) | Self::Hermit | Self::Memtest | Self::First | Self::File(_) => None,
         }
     }
 
@@ -147,7 +154,7 @@ impl Source {
     pub fn memory(&self) -> Option<&'static str> {
         match self {
             Self::Linux(_) => Some(linux::MEMORY),
-            Self::Own(_) | Self::Hermit | Self::Memtest | Self::File(_) => None,
+            Self::Own(_) | Self::Hermit | Self::Memtest | Self::First | Self::File(_) => None,
         }
     }
 }

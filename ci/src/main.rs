@@ -12,6 +12,7 @@ mod coverage;
 mod debian;
 mod disk;
 mod doctor;
+mod first_guest;
 mod grub;
 mod guest;
 mod image;

@@ -70,6 +70,11 @@ pub fn for_benchmarks() -> Vec<Need> {
     )]
 }
 
+/// What the guest of `docs/ci.md` is compiled by.
+pub fn for_first_guest() -> Vec<Need> {
+    vec![Need::new("gcc", "gcc", "compiles the first guest")]
+}
+
 /// What a session of GDB needs.
 pub fn for_gdb() -> Vec<Need> {
     vec![Need::new("gdb", "gdb", "debugs guests")]

@@ -18,7 +18,7 @@ const FIRST_USE: &str = "first-use";
 /// What each may cost at most.
 const TARGETS: [(&str, f64); 2] = [(FIRST_USE, 1_500.0), ("table-write", 50.0)];
 /// Shadow pages of a guest that has a quarter more tables than that.
-const POOLS: [u32; 6] = [64, 256, 1_024, 4_096, 16_384, 65_536];
+const POOLS: [u32; 5] = [64, 256, 1_024, 4_096, 16_384];
 /// Where the guest's own memory ends, and what each of its tables takes, its page included, in KiB.
 const GUEST_KIB: u32 = 9 << 10;
 const TABLE_KIB: u32 = 8;
