@@ -73,8 +73,9 @@ pub(crate) struct Leaf {
     pub granted: Rights,
 }
 
-/// Frames and arrays kept ready: the worst case of one fault or root load with some to spare.
-pub(crate) const CACHED: usize = 16;
+/// Frames and arrays kept ready: the worst case of one fault or root load, and all that one recycling
+/// frees, so that the host is not asked again and again.
+pub(crate) const CACHED: usize = 32;
 
 impl Leaf {
     #[inline]
