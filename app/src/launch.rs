@@ -217,9 +217,7 @@ fn prepare(
             MmuPolicy::Clock => VictimPolicy::Clock,
             MmuPolicy::Fifo => VictimPolicy::Fifo,
         },
-        batch: options
-            .mmu_batch
-            .map_or(usize::MAX, |pages| pages as usize),
+        batch: options.mmu_batch.map_or(usize::MAX, |pages| pages as usize),
         ..MmuConfig::default()
     };
     let slots: Vec<_> = host.memory_slots().collect();
