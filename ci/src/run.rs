@@ -73,6 +73,9 @@ pub struct Options {
     /// Let the guest wait for GDB, and print the command that connects it
     #[arg(long, conflicts_with = "monitor")]
     gdb: bool,
+    /// Give GDB the symbols of this file, such as Linux's vmlinux, instead of the guest's own
+    #[arg(long, value_name = "FILE", requires = "gdb")]
+    symbols: Option<PathBuf>,
     /// Record what the guest does: exits, mmu, devices, several of them with commas between, or all; the
     /// last events are printed if it fails
     #[arg(long, value_name = "WHAT")]
@@ -110,6 +113,9 @@ pub fn run(project: &Project, options: &Options) -> Result<u8> {
         Some(config) => config.machine_memory_mib(),
         None => host_memory_mib(&arguments)?,
     };
+    if let Some(path) = &options.symbols {
+        read(path)?;
+    }
     options.hardware.check(options.on)?;
     options.on.ensure_possible()?;
     if options.print_config {
@@ -128,7 +134,8 @@ pub fn run(project: &Project, options: &Options) -> Result<u8> {
     let image = builder.images(Application::Umbra)?;
     let work = project.target("runs")?.join(format!("run-{}", options.on));
     fs::create_dir_all(&work)?;
-    let symbols = files.as_ref().map(|files| files.image.clone());
+    let own_symbols = files.as_ref().map(|files| files.image.clone());
+    let symbols = options.symbols.clone().or(own_symbols);
     let archive = match (files, &config) {
         (Some(files), _) => {
             let initrd = match (initrd, files.initrd) {
