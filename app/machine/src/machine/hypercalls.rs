@@ -36,19 +36,14 @@ impl Machine {
     }
 
     /// Interrupts the processors that `bits` names, of which bit 0 stands for the ID `first`. The
-    /// command is that of the local APIC, without a destination. Returns how many there were.
+    /// command is that of the local APIC, without a destination; an illegal vector is the receivers' error. Returns how many there were.
     fn send_to_each(&mut self, bits: u128, first: u32, command: u64) -> i64 {
         const VECTOR_AND_MODE: u64 = 0x7ff;
         const ASSERT: u64 = 1 << 14;
-        const FIRST_LEGAL_VECTOR: u8 = 16;
         let vector = command as u8;
         let mode = (command >> 8 & 7) as u32;
-        let is_legal = match mode {
-            delivery::FIXED => vector >= FIRST_LEGAL_VECTOR,
-            delivery::NMI => true,
-            _ => false,
-        };
-        if command & !(VECTOR_AND_MODE | ASSERT) != 0 || !is_legal {
+        let is_known = matches!(mode, delivery::FIXED | delivery::NMI);
+        if command & !(VECTOR_AND_MODE | ASSERT) != 0 || !is_known {
             return call_error::INVALID;
         }
         let mut receivers = 0;

@@ -292,7 +292,6 @@ fn hypercalls_send_vectors_and_nmis_only() {
     );
     assert_eq!(machine.take_kicks(), set([1]));
     for command in [
-        0x0f,
         0x140,
         0x200,
         0x300,
@@ -314,6 +313,23 @@ fn hypercalls_send_vectors_and_nmis_only() {
             mode: CodeWidth::Bits64,
         };
         assert_eq!(machine.hypercall(&call), -1000, "{number:#x}");
+    }
+}
+
+#[test]
+fn an_illegal_vector_of_a_hypercall_is_the_receivers_error() {
+    let mut machine = running(2);
+    let nobody = [u64::from(u32::MAX), 0, u64::from(u32::MAX), 0];
+    assert_eq!(send_to_each(&mut machine, nobody, CodeWidth::Bits64), 0);
+    assert_eq!(
+        send_to_each(&mut machine, [2, 0, 0, 5], CodeWidth::Bits64),
+        1
+    );
+    assert_eq!(machine.take_kicks(), ProcessorSet::EMPTY);
+    for (processor, error) in [(0, 0), (1, 1 << 6)] {
+        machine.serve(number(processor));
+        write_apic(&mut machine, 0x280, 0);
+        assert_eq!(read_apic(&mut machine, 0x280), error);
     }
 }
 
