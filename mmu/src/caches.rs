@@ -17,7 +17,7 @@ use crate::lock::MutexGuard;
 use crate::mmu::Mmu;
 use crate::page::{PageId, Translations};
 use crate::root::ROOT_PAGES;
-use crate::state::{CACHED, Core, State};
+use crate::state::{Core, State};
 use alloc::vec::Vec;
 use hashbrown::HashTable;
 use umbra_vcpu::address::Hpa;
@@ -45,7 +45,7 @@ const MOST_PAGES: usize = 4;
 const _: () = assert!(FAULT_PAGES <= MOST_PAGES && ROOT_PAGES <= MOST_PAGES);
 
 /// Pages' worth of memory that is fetched beyond what is needed, if it is to be had, once any must be.
-const SPARE_PAGES: usize = CACHED - MOST_PAGES;
+const SPARE_PAGES: usize = 12;
 
 /// Memory allocated without the lock, on its way into the state.
 #[derive(Default)]
