@@ -9,11 +9,11 @@ use umbra_machine::processor::features::{Features, GuestFeatures};
 use umbra_machine::processor::msr::{MsrContext, MsrEffect};
 use umbra_machine::processor::paravirtual::call_error;
 use umbra_mmu::{Feature, GuestFeatures as MmuFeatures, MmuError};
+use umbra_vcpu::PrivilegeLevel;
 use umbra_vcpu::debug::{DebugExtensions, DebugFault, DebugRegisters};
 use umbra_vcpu::event::{Exception, vector};
 use umbra_vcpu::exit::{ControlRegister, MoveDirection};
 use umbra_vcpu::registers::{CodeWidth, ControlRegisters, Gpr, SegmentRegister};
-use umbra_vcpu::{PrivilegeLevel, VcpuExt};
 
 use crate::guest::{End, Guest};
 use crate::memory::Unwritable;
@@ -64,6 +64,8 @@ pub fn cpuid(guest: &mut Guest) {
 pub fn hypercall(guest: &mut Guest) -> Result<(), End> {
     let result = if guest.vcpu.privilege_level().is_user() {
         call_error::NOT_PERMITTED
+    } else if !Hypercall::may_be_known(guest.vcpu.registers().get(Gpr::Rax)) {
+        call_error::UNKNOWN
     } else {
         let registers = guest.vcpu.registers();
         guest.machine.hypercall(&Hypercall {

@@ -7,6 +7,7 @@ use umbra_emulator::{Intent, Memory, Ports, Processor, Progress, Stop, TableRegi
 use umbra_machine::processor::control;
 use umbra_mmu::AccessKind;
 use umbra_report::Outcome;
+use umbra_vcpu::CodeReader;
 use umbra_vcpu::address::{Gpa, Gva};
 use umbra_vcpu::event::{Blocking, Event, Exception, vector};
 use umbra_vcpu::exit::IoWidth;
@@ -14,7 +15,6 @@ use umbra_vcpu::instruction::{self, MAX_LENGTH};
 use umbra_vcpu::registers::{
     CodeWidth, ControlRegisters, DescriptorTable, Registers, Segment, SegmentRegister,
 };
-use umbra_vcpu::{CodeReader, VcpuExt};
 use x86_64::registers::control::Cr0Flags;
 use x86_64::registers::rflags::RFlags;
 

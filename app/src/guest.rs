@@ -124,6 +124,8 @@ pub struct Guest {
     pub exit_log: ExitLog,
     /// What a debugger does to it, if it has one.
     pub debugged: Option<Debugged>,
+    /// Whether somebody watches its exits in this turn: a debugger, or the trace.
+    pub watched: bool,
     /// What it did, if that is recorded.
     pub trace: Option<Box<Trace>>,
     /// How the trace is printed.
@@ -186,6 +188,7 @@ impl Guest {
     }
 
     fn run(&mut self, alarm: &mut Alarm, until: u64) -> Turn {
+        self.watched = self.trace.is_some() || self.debugged.is_some();
         loop {
             if self.halted == Halted::Yes {
                 if let Err(end) = self.check_deadline() {
@@ -285,12 +288,14 @@ impl Guest {
         let exit = record.exit;
         self.exits[reason(&exit)] += 1;
         let rip = record.rip;
-        self.record(|| Event::Exit { rip, exit });
-        if self.debugged.is_some() {
-            match gdb::before_exit(self, &exit)? {
-                Verdict::Guests => {}
-                Verdict::Handled => return Ok(Progress::Continues),
-                Verdict::Stopped => return Ok(Progress::Stopped),
+        if self.watched {
+            self.record(|| Event::Exit { rip, exit });
+            if self.debugged.is_some() {
+                match gdb::before_exit(self, &exit)? {
+                    Verdict::Guests => {}
+                    Verdict::Handled => return Ok(Progress::Continues),
+                    Verdict::Stopped => return Ok(Progress::Stopped),
+                }
             }
         }
         match exit {
@@ -304,16 +309,12 @@ impl Guest {
             Exit::Io(access) => ports::access(self, access)?,
             _ => self.handle(&exit)?,
         }
-        if let Some(trace) = &mut self.trace {
-            trace.exit_handled(platform::timestamp());
-        }
-
         if self.machine.attention() == Attention::Wanted
             && let Some(shutdown) = self.machine.take_shutdown()
         {
             return Err(end_of_machine(shutdown));
         }
-        if self.debugged.is_some() && gdb::after_exit(self) {
+        if self.watched && self.watch_after() {
             return Ok(Progress::Stopped);
         }
         if matches!(
@@ -324,6 +325,15 @@ impl Guest {
             return Ok(Progress::Interrupted);
         }
         Ok(Progress::Continues)
+    }
+
+    /// Shows who watches the guest that an exit has been handled. Whether the guest stops there.
+    #[inline(never)]
+    fn watch_after(&mut self) -> bool {
+        if let Some(trace) = &mut self.trace {
+            trace.exit_handled(platform::timestamp());
+        }
+        self.debugged.is_some() && gdb::after_exit(self)
     }
 
     /// Takes the host's interrupts, and lets the guest's time follow. Returns the host's time-stamp

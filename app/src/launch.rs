@@ -266,6 +266,7 @@ fn prepare(
         exits: ExitCounts::default(),
         exit_log: ExitLog::default(),
         debugged: options.gdb.map(|start| Debugged::new(start, width)),
+        watched: false,
         trace: (options.trace != Traced::NOTHING).then(|| Box::new(Trace::new(options.trace))),
         trace_format: options.trace_format,
         deadline,

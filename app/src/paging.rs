@@ -15,7 +15,7 @@ use umbra_report::options::ShrinkPoint;
 use umbra_vcpu::address::{Gpa, Gva, Hpa, PAGE_SIZE, Pfn};
 use umbra_vcpu::instruction::MAX_LENGTH;
 use umbra_vcpu::registers::ControlRegisters;
-use umbra_vcpu::{CodeReader, PrivilegeLevel, ShadowMode, ShadowPaging, Vcpu, VcpuExt};
+use umbra_vcpu::{CodeReader, PrivilegeLevel, ShadowMode, ShadowPaging, Vcpu};
 use x86_64::registers::control::{Cr0Flags, Cr4Flags};
 use x86_64::registers::model_specific::EferFlags;
 use x86_64::registers::rflags::RFlags;
@@ -303,6 +303,20 @@ fn part_in_page(address: Gva, length: usize) -> usize {
     ((PAGE_SIZE - address.page_offset()) as usize).min(length)
 }
 
+impl Paging {
+    /// Finds the code at `address`, and keeps its page at `place`.
+    #[inline(never)]
+    fn peek_anew(&mut self, address: Gva, place: usize) -> Option<u64> {
+        let frame = self.hardware_frame(address)?;
+        self.peeked[place] = Some(Peeked {
+            root: self.root.root,
+            page: address.page_base(),
+            frame,
+        });
+        physical::read_word(frame, address.page_offset())
+    }
+}
+
 impl CodeReader for Paging {
     #[inline]
     fn peek_code(&mut self, address: Gva) -> Option<u64> {
@@ -312,9 +326,7 @@ impl CodeReader for Paging {
         let frame = match self.peeked[place] {
             Some(known) if known.page == page && known.root == root => known.frame,
             _ => {
-                let frame = self.hardware_frame(address)?;
-                self.peeked[place] = Some(Peeked { root, page, frame });
-                frame
+                return self.peek_anew(address, place);
             }
         };
         physical::read_word(frame, address.page_offset())

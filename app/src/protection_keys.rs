@@ -6,7 +6,6 @@
 //! here, and any other #UD goes to the guest.
 
 use umbra_mmu::Pkru;
-use umbra_vcpu::VcpuExt;
 use umbra_vcpu::event::Exception;
 use umbra_vcpu::instruction::iced_x86::Code;
 use umbra_vcpu::instruction::{self, MAX_LENGTH};

@@ -41,7 +41,8 @@ enum CodeError {
 impl SvmVcpu {
     /// Puts the most frequent exits into `stop`, where the instruction stands in the plainest way:
     /// `None` leaves them and all others to [`SvmVcpu::decode_exit`].
-    #[inline]
+    #[allow(clippy::inline_always, reason = "the way of every exit")]
+    #[inline(always)]
     pub(crate) fn decode_plain(
         &mut self,
         exit: u64,

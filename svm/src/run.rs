@@ -14,7 +14,7 @@ use umbra_vcpu::registers::Gpr;
 use umbra_vcpu::{CodeReader, EntryFailure, Vcpu};
 use x86_64::registers::rflags::RFlags;
 
-use crate::capability::{Features, Instructions};
+use crate::capability::Instructions;
 use crate::check::{GuestState, check};
 use crate::core_state::{Core, Recycled, read_xcr0, write_xcr0};
 use crate::debug;
@@ -39,7 +39,37 @@ enum Stepped {
 
 impl SvmVcpu {
     /// Runs the guest until the caller must see an exit.
+    #[inline]
     pub(crate) fn run_until_exit(
+        &mut self,
+        code: &mut dyn CodeReader,
+        stop: &mut ExitRecord,
+    ) -> Result<(), EntryFailure> {
+        if !self.usual_events || self.unchecked {
+            return self.run_in_any_case(code, stop);
+        }
+        self.next_rip = None;
+        self.enter();
+        stop.rip = self.registers.rip;
+        let exit = self.vmcb().control.exit_code & 0xffff_ffff;
+        if self.vmcb().save.cr3 == self.paging.root.as_u64()
+            && self.decode_plain(exit, code, &mut stop.exit).is_some()
+        {
+            return Ok(());
+        }
+        match self.conclude(exit, code)? {
+            Some(exit) => {
+                stop.rip = self.registers.rip;
+                stop.exit = exit;
+                Ok(())
+            }
+            None => self.run_in_any_case(code, stop),
+        }
+    }
+
+    /// The same where events wait for the guest or its state must be checked.
+    #[inline(never)]
+    fn run_in_any_case(
         &mut self,
         code: &mut dyn CodeReader,
         stop: &mut ExitRecord,
@@ -322,6 +352,8 @@ impl SvmVcpu {
     }
 
     /// One VMRUN.
+    #[allow(clippy::inline_always, reason = "the way of every exit")]
+    #[inline(always)]
     fn enter(&mut self) {
         let core = core::ptr::from_ref::<Core>(&self.core);
         // SAFETY: the vCPU holds a reference count of the core as long as it lives.
@@ -478,8 +510,11 @@ impl SvmVcpu {
 
     /// The next instruction's address if the processor gives it.
     pub(crate) fn saved_next_rip(&self) -> Option<u64> {
+        if !self.saves_next_rip {
+            return None;
+        }
         let next = self.vmcb().control.next_rip;
-        (self.has_feature(Features::NRIP_SAVE) && next != 0).then_some(next)
+        (next != 0).then_some(next)
     }
 }
 

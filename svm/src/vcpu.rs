@@ -90,6 +90,8 @@ pub struct SvmVcpu {
     pub(crate) step: Option<Step>,
     /// What the last entry injected, until the exit says whether it was delivered.
     pub(crate) injected: Option<Event>,
+    /// Whether exits say where the instruction ends.
+    pub(crate) saves_next_rip: bool,
     /// Where the instruction that exited ends, if it is known.
     pub(crate) next_rip: Option<u64>,
 }
@@ -178,6 +180,7 @@ impl SvmVcpu {
     pub fn new(core: Arc<Core>, memory: &dyn HostMemory) -> Result<Self, EnableError> {
         let block = PageBlock::new(1, memory)?;
         let extended_state = NonNull::from(Box::leak(ExtendedState::allocate()?));
+        let saves_next_rip = core.capabilities().features.contains(Features::NRIP_SAVE);
         let mut vcpu = Self {
             core,
             block,
@@ -210,6 +213,7 @@ impl SvmVcpu {
             nmi_masked: false,
             step: None,
             injected: None,
+            saves_next_rip,
             next_rip: None,
         };
         vcpu.registers.rip = 0xfff0;
@@ -566,6 +570,10 @@ impl Vcpu for SvmVcpu {
 
     fn privilege_level(&self) -> PrivilegeLevel {
         PrivilegeLevel::from_bits(self.vmcb().save.cpl)
+    }
+
+    fn code_width(&self) -> CodeWidth {
+        self.width()
     }
 
     fn control_registers(&self) -> ControlRegisters {

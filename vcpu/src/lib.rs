@@ -63,6 +63,9 @@ pub trait Vcpu {
     /// which both vendors save it on exits).
     fn privilege_level(&self) -> PrivilegeLevel;
 
+    /// How wide the code is that runs now.
+    fn code_width(&self) -> CodeWidth;
+
     /// What the guest sees in its control registers.
     fn control_registers(&self) -> ControlRegisters;
 
@@ -250,21 +253,6 @@ impl PrivilegeLevel {
         matches!(self, Self::Ring3)
     }
 }
-
-/// What follows from a guest's registers together.
-pub trait VcpuExt: Vcpu {
-    /// How wide the code is that runs now.
-    fn code_width(&self) -> CodeWidth {
-        let control = self.control_registers();
-        instruction::code_width(
-            &control,
-            self.registers().rflags,
-            &self.segment(SegmentRegister::Cs),
-        )
-    }
-}
-
-impl<T: Vcpu + ?Sized> VcpuExt for T {}
 
 /// A model-specific register refused an access: the guest gets #GP(0).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

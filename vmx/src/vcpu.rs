@@ -19,8 +19,10 @@ use umbra_vcpu::event::{Blocking, EventQueue, Window, Windows, vector};
 use umbra_vcpu::exit::ExitRecord;
 use umbra_vcpu::extended_state::ExtendedState;
 use umbra_vcpu::host::{HostMemory, PageBlock, PageBlockError};
+use umbra_vcpu::instruction;
 use umbra_vcpu::registers::{
-    ControlRegisters, DescriptorTable, Registers, Segment, SegmentAttributes, SegmentRegister,
+    CodeWidth, ControlRegisters, DescriptorTable, Registers, Segment, SegmentAttributes,
+    SegmentRegister,
 };
 use umbra_vcpu::{
     CodeReader, EntryFailure, Flush, MsrError, PrivilegeLevel, ShadowPaging, TimeSlice, Vcpu,
@@ -496,6 +498,21 @@ impl Vcpu for VmxVcpu {
             },
         );
         PrivilegeLevel::from_bits((attributes >> 5) as u8)
+    }
+
+    fn code_width(&self) -> CodeWidth {
+        // None of the bits that the guest changes without an exit matters.
+        let rflags = self.registers.rflags;
+        if self.real_mode.is_some() {
+            return instruction::code_width(&self.control, rflags, &Segment::UNUSABLE);
+        }
+        let attributes = self
+            .with_vmcs(|vmcs| vmcs.read(fields::guest_segment(SegmentRegister::Cs).access_rights));
+        let code_segment = Segment {
+            attributes: SegmentAttributes::from_bits_retain(attributes),
+            ..Segment::UNUSABLE
+        };
+        instruction::code_width(&self.control, rflags, &code_segment)
     }
 
     fn control_registers(&self) -> ControlRegisters {

@@ -9,6 +9,7 @@
 //! stepped into.
 
 use umbra_inspect::{GuestView, ProcessorState, handler_address};
+use umbra_vcpu::Vcpu;
 use umbra_vcpu::address::Gva;
 use umbra_vcpu::debug::{DR6_BD, DR6_BS, DR6_HITS, ExitingExceptions};
 use umbra_vcpu::event::{Event, vector};
@@ -16,7 +17,6 @@ use umbra_vcpu::exit::Exit;
 use umbra_vcpu::instruction::iced_x86::{Code, Instruction, Mnemonic};
 use umbra_vcpu::instruction::{self, MAX_LENGTH};
 use umbra_vcpu::registers::{CodeWidth, Gpr};
-use umbra_vcpu::{Vcpu, VcpuExt};
 use x86_64::registers::rflags::RFlags;
 
 use super::breakpoints::physical;

@@ -324,31 +324,40 @@ impl Pic {
         vector
     }
 
+    /// What [`Pic::read`] finds, where reading changes nothing: `None` for a chip that is polled.
+    #[inline]
+    pub const fn peek(&self, port: u16) -> Option<u8> {
+        let chip = match port {
+            MASTER_EDGE_LEVEL_PORT => return Some(self.master.level_triggered),
+            SLAVE_EDGE_LEVEL_PORT => return Some(self.slave.level_triggered),
+            ..SLAVE_COMMAND_PORT => &self.master,
+            SLAVE_COMMAND_PORT.. => &self.slave,
+        };
+        if chip.poll {
+            None
+        } else if port & 1 == 0 {
+            Some(chip.read_command())
+        } else {
+            Some(chip.mask)
+        }
+    }
+
     /// Reads one of the six ports.
     pub fn read(&mut self, port: u16) -> u8 {
-        match port {
-            MASTER_EDGE_LEVEL_PORT => self.master.level_triggered,
-            SLAVE_EDGE_LEVEL_PORT => self.slave.level_triggered,
-            _ => {
-                let chip = self.chip(port);
-                let value = if chip.poll {
-                    chip.poll = false;
-                    match chip.pending() {
-                        Some(input) => {
-                            chip.acknowledge(input);
-                            0x80 | input
-                        }
-                        None => 0,
-                    }
-                } else if port & 1 == 0 {
-                    chip.read_command()
-                } else {
-                    chip.mask
-                };
-                self.update_cascade();
-                value
-            }
+        if let Some(value) = self.peek(port) {
+            return value;
         }
+        let chip = self.chip(port);
+        chip.poll = false;
+        let value = match chip.pending() {
+            Some(input) => {
+                chip.acknowledge(input);
+                0x80 | input
+            }
+            None => 0,
+        };
+        self.update_cascade();
+        value
     }
 
     /// Writes one of the six ports.

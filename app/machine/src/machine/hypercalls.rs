@@ -17,6 +17,14 @@ pub struct Hypercall {
     pub mode: CodeWidth,
 }
 
+impl Hypercall {
+    /// Whether some mode's call has this number in RAX. All others are unknown in any mode.
+    #[inline]
+    pub const fn may_be_known(number: u64) -> bool {
+        number as u32 as u64 == CALL_SEND_IPI
+    }
+}
+
 impl Machine {
     /// Carries out a hypercall, and returns what the guest finds in RAX: zero or more on success, one
     /// of [`call_error`] otherwise.

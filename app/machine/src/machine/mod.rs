@@ -468,7 +468,10 @@ impl Machine {
 
     fn read_byte(&mut self, device: PortDevice, port: u16) -> u8 {
         match device {
-            PortDevice::Pic => self.access_pic(|pic| pic.read(port)),
+            PortDevice::Pic => match self.pic.peek(port) {
+                Some(value) => value,
+                None => self.access_pic(|pic| pic.read(port)),
+            },
             PortDevice::Pit => self.pit.read(port),
             PortDevice::SystemControl => self.pit.read_system_control(),
             // The index cannot be read.
