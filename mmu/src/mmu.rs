@@ -12,7 +12,7 @@ use crate::budget::Budget;
 use crate::caches::{FAULT, Needs};
 use crate::config::MmuConfig;
 use crate::error::{MmuError, NoPageAvailable};
-use crate::fault::{FaultOutcome, Step};
+use crate::fault::{FAULT_PAGES, FaultOutcome, Step};
 use crate::host::{Host, Touch};
 use crate::lock::{AtomicU64, Mutex, MutexGuard, Ordering};
 use crate::page::{MAXIMUM_PAGES, PageTable};
@@ -49,8 +49,9 @@ pub enum TranslateError {
     Retry,
 }
 
-/// How often an operation is tried while other VMs, too, take what comes free.
-const ATTEMPTS: usize = 4;
+/// How often an operation is tried. Making room may each time take another page of the operation's own
+/// path, and other VMs, too, take what comes free.
+const ATTEMPTS: usize = 2 * FAULT_PAGES;
 
 impl<H: Host> Mmu<H> {
     /// An MMU without memory slots and virtual CPUs, with a total limit of its own.
