@@ -38,6 +38,22 @@ pub fn mmu_features(features: &GuestFeatures) -> MmuFeatures {
     }
 }
 
+/// What EDX holds after INIT: the processor's family, model and stepping.
+pub fn signature(guest: &Guest) -> u32 {
+    query(guest, 1, 0).eax
+}
+
+#[inline]
+fn query(guest: &Guest, leaf: u32, subleaf: u32) -> CpuidResult {
+    guest.cpuid.query(
+        &host_cpuid,
+        leaf,
+        subleaf,
+        &|| guest.vcpu.control_registers(),
+        &guest.machine.identity(),
+    )
+}
+
 /// CPUID.
 pub fn cpuid(guest: &mut Guest) {
     let registers = guest.vcpu.registers();
@@ -45,13 +61,7 @@ pub fn cpuid(guest: &mut Guest) {
         registers.get(Gpr::Rax) as u32,
         registers.get(Gpr::Rcx) as u32,
     );
-    let result = guest.cpuid.query(
-        &host_cpuid,
-        leaf,
-        subleaf,
-        &|| guest.vcpu.control_registers(),
-        &guest.machine.identity(),
-    );
+    let result = query(guest, leaf, subleaf);
     let registers = guest.vcpu.registers_mut();
     registers.set_u32(Gpr::Rax, result.eax);
     registers.set_u32(Gpr::Rbx, result.ebx);

@@ -90,7 +90,7 @@ pub fn until_enterable(guest: &mut Guest) -> Result<(), End> {
         let steps = guest.vcpu.registers().rflags & RFlags::TRAP_FLAG.bits() != 0;
         let debugged = guest.debugged.as_ref();
         let is_debugged = debugged.is_some_and(|own| own.is_stepping() || own.is_stopped());
-        if steps || is_debugged || guest.halted == Halted::Yes || guest.machine.is_shut_down() {
+        if steps || is_debugged || guest.halted != Halted::No || guest.machine.is_shut_down() {
             break;
         }
         if guest.vcpu.is_enterable() {

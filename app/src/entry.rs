@@ -3,8 +3,9 @@
 use umbra_loader::{CODE_SELECTOR, DATA_SELECTOR, DESCRIPTORS_SIZE, EntryState};
 use umbra_vcpu::Vcpu;
 use umbra_vcpu::address::Gva;
+use umbra_vcpu::event::EventQueue;
 use umbra_vcpu::registers::{
-    ControlRegisters, DescriptorTable, Gpr, Segment, SegmentAttributes, SegmentRegister,
+    ControlRegisters, DescriptorTable, Gpr, Registers, Segment, SegmentAttributes, SegmentRegister,
 };
 use x86_64::registers::control::{Cr0Flags, Cr4Flags};
 use x86_64::registers::model_specific::EferFlags;
@@ -100,8 +101,72 @@ pub fn enter_state(vcpu: &mut dyn Vcpu, entry: &EntryState) {
     }
 }
 
+/// Brings a processor where INIT and a start-up IPI with this vector bring it: real mode at the page
+/// of this number (SDM vol. 3A table 9-1; APM vol. 2 table 14-1). `signature` is what EDX holds then.
+pub fn start_up(vcpu: &mut dyn Vcpu, vector: u8, signature: u32) {
+    const CACHE_CONTROL: Cr0Flags = Cr0Flags::CACHE_DISABLE.union(Cr0Flags::NOT_WRITE_THROUGH);
+    const TABLE: DescriptorTable = DescriptorTable {
+        base: Gva::new(0),
+        limit: 0xffff,
+    };
+    const DR6: u64 = 0xffff_0ff0;
+    const DR7: u64 = 0x400;
+    let before = vcpu.control_registers();
+    *vcpu.events_mut() = EventQueue::new();
+    *vcpu.registers_mut() = Registers::default();
+    let registers = vcpu.registers_mut();
+    registers.rflags = RFLAGS_FIXED;
+    registers.set(Gpr::Rdx, signature.into());
+    // Nothing is blocked, and nothing traps.
+    vcpu.finish_instruction(0);
+    vcpu.unblock_nmis();
+    for number in 0..4 {
+        vcpu.set_debug_register(number, 0);
+    }
+    vcpu.set_debug_register(6, DR6);
+    vcpu.set_debug_register(7, DR7);
+    set_real_mode_segments(vcpu, u16::from(vector) << 8, 0);
+    vcpu.set_segment(
+        SegmentRegister::Ldtr,
+        Segment {
+            limit: 0xffff,
+            attributes: SegmentAttributes::from_bits_retain(LDT_RIGHTS),
+            ..Segment::UNUSABLE
+        },
+    );
+    vcpu.set_gdtr(TABLE);
+    vcpu.set_idtr(TABLE);
+    vcpu.set_control_registers(ControlRegisters {
+        cr0: before.cr0 & CACHE_CONTROL.bits() | Cr0Flags::EXTENSION_TYPE.bits(),
+        cr2: Gva::new(0),
+        cr3: 0,
+        cr4: 0,
+        cr8: 0,
+        efer: 0,
+        xcr0: before.xcr0,
+    });
+}
+
+/// A present LDT's access rights.
+const LDT_RIGHTS: u32 = 0x82;
+
 /// Real mode with the interrupt vectors at address 0.
 fn enter_real_mode(vcpu: &mut dyn Vcpu, code: u16, data: u16) {
+    set_real_mode_segments(vcpu, code, data);
+    vcpu.set_idtr(DescriptorTable {
+        base: Gva::new(0),
+        limit: 0x3ff,
+    });
+    set_control(
+        vcpu,
+        Cr0Flags::EXTENSION_TYPE,
+        0,
+        Cr4Flags::empty(),
+        EferFlags::empty(),
+    );
+}
+
+fn set_real_mode_segments(vcpu: &mut dyn Vcpu, code: u16, data: u16) {
     const CODE_RIGHTS: u32 = 0x9b;
     const DATA_RIGHTS: u32 = 0x93;
     let segment = |selector: u16, rights| Segment {
@@ -119,17 +184,6 @@ fn enter_real_mode(vcpu: &mut dyn Vcpu, code: u16, data: u16) {
         };
         vcpu.set_segment(register, loaded);
     }
-    vcpu.set_idtr(DescriptorTable {
-        base: Gva::new(0),
-        limit: 0x3ff,
-    });
-    set_control(
-        vcpu,
-        Cr0Flags::EXTENSION_TYPE,
-        0,
-        Cr4Flags::empty(),
-        EferFlags::empty(),
-    );
 }
 
 fn set_segments(vcpu: &mut dyn Vcpu, code: Segment, data_selector: u16) {

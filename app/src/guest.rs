@@ -1,38 +1,35 @@
-//! One guest: its processor, its shadow MMU, its machine, and the loop that runs it.
+//! A guest as one of its processors sees it, and the loop that runs this processor.
 //!
 //! Protocol of a turn: the machine's time goes on, then entry follows entry until the turn is over.
-//! Host interrupts are off all the while, see `alarm`. Protocol of an entry: (1) point the processor at the shadow root and drop the translations that
-//! the MMU has asked to drop, (2) hand over an interrupt if one can be taken, (3) run until an
-//! exit, (4) handle the exit. Every exit is handled by one of the modules `paging`, `control`,
+//! Host interrupts are off all the while, see `alarm`. Protocol of an entry: (1) hand over an interrupt
+//! if one can be taken, (2) point the processor at the shadow root and drop the translations that the
+//! MMU has asked to drop, (3) run until an exit, (4) handle the exit. Every exit is handled by one of the modules `paging`, `control`,
 //! `ports` and `mmio`; each of them either changes the guest or raises an exception in it, and
 //! whatever ends the guest comes back as an [`End`].
 
 use alloc::boxed::Box;
 use alloc::format;
 use alloc::string::String;
-use alloc::sync::Arc;
 
 use umbra_emulator::TaskSwitch;
 use umbra_firmware::Firmware;
 use umbra_inspect::ExitLog;
 use umbra_inspect::trace::{Event, FaultResult, Trace};
 use umbra_machine::processor::cpuid::CpuidPolicy;
-use umbra_machine::{Attention, Machine, Shutdown, Timers};
-use umbra_mmu::{Mmu, MmuError, RootChange};
-use umbra_report::options::TraceFormat;
-use umbra_report::{Exhausted, MmuCounters, Outcome, Report};
+use umbra_machine::{Attention, Shutdown, Startup, Timers};
+use umbra_mmu::{MmuError, RootChange};
+use umbra_report::{Exhausted, Outcome};
 use umbra_vcpu::event::{Blocking, Exception, TripleFault, Window, vector};
 use umbra_vcpu::exit::Exit;
 use umbra_vcpu::{EntryFailure, Flush, Vcpu};
 
 use crate::alarm::Alarm;
 use crate::gdb::{self, Debugged, Verdict};
-use crate::memory::GuestHost;
 use crate::paging::Paging;
-use crate::rates::Rates;
+use crate::shared::SharedMachine;
 use crate::shortage::Shortage;
 use crate::uhyve::Uhyve;
-use crate::{control, emulation, mmio, platform, ports, protection_keys, timestamp};
+use crate::{control, emulation, entry, mmio, platform, ports, protection_keys};
 
 /// Why a guest ends.
 #[derive(Debug)]
@@ -100,104 +97,90 @@ impl From<MmuError> for End {
 /// How often a guest exited for each reason.
 pub type ExitCounts = [u64; REASONS.len()];
 
-/// A guest that is ready to run.
+/// A guest through one of its processors: what this processor has of its own, and the machine that it
+/// shares with the others.
 pub struct Guest {
-    /// Its processor.
+    /// The processor.
     pub vcpu: Box<dyn Vcpu>,
     /// Its view of memory.
     pub paging: Paging,
-    /// Its devices and the registers that software keeps.
-    pub machine: Machine,
-    /// Its hypervisor's services, if it is a Hermit application.
+    /// The guest's devices and the registers that software keeps.
+    pub machine: SharedMachine,
+    /// The hypervisor's services for a Hermit application, which has one processor.
     pub uhyve: Option<Uhyve>,
-    /// What CPUID shows it.
+    /// What CPUID shows.
     pub cpuid: CpuidPolicy,
-    /// What it has done so far.
-    pub report: Report,
-    /// What happens when it needs more shadow pages at once than it may have.
+    /// What happens when more shadow pages are needed at once than there may be.
     pub shortage: Shortage,
-    /// How often it faults.
-    pub rates: Rates,
-    /// How often it exited, for each of the reasons.
+    /// How often the processor exited, for each of the reasons.
     pub exits: ExitCounts,
     /// What it exited for last.
     pub exit_log: ExitLog,
-    /// What a debugger does to it, if it has one.
+    /// What a debugger does to the guest; with the processor whose turn it is or was last.
     pub debugged: Option<Debugged>,
-    /// Whether somebody watches its exits in this turn: a debugger, or the trace.
+    /// Whether somebody watches the processor's exits in this turn: a debugger, or the trace.
     pub watched: bool,
-    /// What it did, if that is recorded.
+    /// What the processor did, if that is recorded.
     pub trace: Option<Box<Trace>>,
-    /// How the trace is printed.
-    pub trace_format: TraceFormat,
-    /// The time-stamp counter at which the watchdog ends it.
-    pub deadline: Option<u64>,
-    /// The time-stamp counter at its first turn.
-    pub start: Option<u64>,
-    /// Whether it waits for an interrupt.
+    /// Whether it waits for something.
     pub halted: Halted,
-    /// Its BIOS, if it has one.
+    /// The guest's BIOS, if it has one, which serves the processor that starts the guest.
     pub firmware: Option<Firmware>,
     /// What the instruction that is being carried out begins to block.
     pub blocking: Option<Blocking>,
 }
 
-/// Whether the guest waits for an interrupt.
+/// Whether a processor waits for something.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Halted {
     /// It runs.
     No,
     /// It has executed HLT.
     Yes,
+    /// The same with interrupts off: only an NMI or another processor's INIT wakes it.
+    Deaf,
+    /// It waits for another processor's start-up IPI.
+    Reset,
 }
 
-/// How a guest's turn went.
+/// How a processor's turn went.
 #[derive(Debug)]
 pub enum Turn {
-    /// Its time slice is over.
+    /// Its time slice is over, or it lets another one run.
     Over,
     /// It waits for an interrupt.
     Waiting,
-    /// It has ended.
+    /// The guest has ended.
     Ended(End),
 }
 
-/// How far one entry of the guest has brought it.
+/// How far one entry has brought a processor.
 enum Progress {
     /// It can go on at once.
     Continues,
-    /// The debugger has stopped it.
+    /// The debugger has stopped it, or it waits for another processor.
     Stopped,
     /// The host has been interrupted: time has passed.
     Interrupted,
 }
 
 impl Guest {
-    /// Runs the guest until the host's time-stamp counter reaches `until`, it waits, or it ends.
+    /// Runs the processor until the host's time-stamp counter reaches `until`, it waits, or the guest
+    /// ends.
     pub fn turn(&mut self, alarm: &mut Alarm, until: u64) -> Turn {
-        if self.start.is_none() {
-            self.start = Some(platform::timestamp());
-        }
-        let start = platform::timestamp();
         self.advance_time();
-        let turn = hermit::mm::with_fallible_requests(|| self.run(alarm, until));
-        let ticks = platform::timestamp() - start;
-        self.rates.turn(ticks, &self.paging.mmu().statistics());
-        self.machine.flush_console();
-        turn
+        hermit::mm::with_fallible_requests(|| self.run(alarm, until))
     }
 
     fn run(&mut self, alarm: &mut Alarm, until: u64) -> Turn {
         self.watched = self.trace.is_some() || self.debugged.is_some();
         loop {
-            if self.halted == Halted::Yes {
-                if let Err(end) = self.check_deadline() {
-                    return Turn::Ended(end);
+            if self.halted != Halted::No {
+                match self.wake() {
+                    Ok(Halted::No) => {}
+                    Ok(_) => return Turn::Waiting,
+                    Err(end) => return Turn::Ended(end),
                 }
-                if !self.wakes() {
-                    return Turn::Waiting;
-                }
-                self.halted = Halted::No;
             }
             if self.machine.take_timers() == Timers::Touched {
                 let deadline = self.next_deadline().map_or(until, |due| due.min(until));
@@ -207,7 +190,7 @@ impl Guest {
                 Ok(Progress::Continues) => {}
                 Ok(Progress::Stopped) => return Turn::Over,
                 Ok(Progress::Interrupted) => {
-                    if self.interrupted(alarm) >= until {
+                    if self.interrupted(alarm) >= until || self.machine.has_kicks() {
                         return Turn::Over;
                     }
                 }
@@ -216,47 +199,17 @@ impl Guest {
         }
     }
 
-    /// What the guest has done so far; how it ended is open.
-    pub fn report_so_far(&self) -> Report {
-        let now = platform::timestamp();
-        let start = self.start.unwrap_or(now);
-        let ticks = now - start;
-        let mut report = self.report.clone();
-        let counted = REASONS
-            .iter()
-            .zip(self.exits)
-            .filter(|&(_, count)| count != 0);
-        report.exits = counted.map(|(&name, count)| (name.into(), count)).collect();
-        report.first_entry_tsc = start;
-        report.tsc_ticks = ticks;
-        report.nanoseconds = Some(timestamp::nanoseconds_in_ticks(ticks));
-        report.mmu = MmuCounters {
-            mmu_limit_raised: self.shortage.raised(),
-            ..counters(self.paging.mmu())
-        };
-        report.fault_rates = self.rates.report();
-        report.unknown_ports = self.machine.unknown_ports().total();
-        report.unknown_msrs = self.machine.unknown_msrs().total();
-        report
-    }
-
-    /// Completes the report of a guest that has ended, and gives back all that the guest held.
-    pub fn finish(self, end: End) -> Report {
-        Report {
-            outcome: end.outcome,
-            exit_code: end.outcome.exit_code(),
-            message: end.message,
-            guest_status: end.guest_status,
-            exhausted: end.exhausted,
-            ..self.report_so_far()
-        }
-    }
-
     /// Enters the guest once and handles its exit.
     ///
     /// This is the way of every exit: what it does not need must wait behind one comparison.
     #[inline]
     fn step(&mut self) -> Result<Progress, End> {
+        if self.machine.attention() == Attention::Wanted {
+            self.attend()?;
+            if self.halted != Halted::No {
+                return Ok(Progress::Continues);
+            }
+        }
         let change = match self.paging.prepare_entry() {
             Ok(change) => change,
             Err(error) => {
@@ -273,11 +226,6 @@ impl Guest {
         } else if flush {
             self.vcpu.flush(Flush::All);
             self.record(|| Event::Flush);
-        }
-        if self.machine.attention() == Attention::Wanted
-            && !self.debugged.as_ref().is_some_and(Debugged::is_stepping)
-        {
-            self.offer_interrupt();
         }
 
         let record = self.exit_log.next_record();
@@ -309,22 +257,23 @@ impl Guest {
             Exit::Io(access) => ports::access(self, access)?,
             _ => self.handle(&exit)?,
         }
-        if self.machine.attention() == Attention::Wanted
-            && let Some(shutdown) = self.machine.take_shutdown()
-        {
-            return Err(end_of_machine(shutdown));
-        }
         if self.watched && self.watch_after() {
             return Ok(Progress::Stopped);
         }
-        if matches!(
-            exit,
-            Exit::HostInterrupt | Exit::TimeSliceEnd | Exit::NotEnterable
-        ) {
-            self.check_deadline()?;
-            return Ok(Progress::Interrupted);
+        match exit {
+            Exit::HostInterrupt | Exit::TimeSliceEnd | Exit::NotEnterable => {
+                self.check_deadline()?;
+                Ok(Progress::Interrupted)
+            }
+            // It waits for another processor, or has sent it something.
+            Exit::Pause => Ok(Progress::Stopped),
+            Exit::WriteMsr { .. } | Exit::Io(_) | Exit::PageFault { .. } | Exit::Hypercall
+                if self.machine.has_kicks() =>
+            {
+                Ok(Progress::Stopped)
+            }
+            _ => Ok(Progress::Continues),
         }
-        Ok(Progress::Continues)
     }
 
     /// Shows who watches the guest that an exit has been handled. Whether the guest stops there.
@@ -347,9 +296,61 @@ impl Guest {
         platform::timestamp()
     }
 
+    /// Sees to what waits at the machine for this processor.
+    #[inline(never)]
+    fn attend(&mut self) -> Result<(), End> {
+        if let Some(shutdown) = self.machine.take_shutdown() {
+            return Err(end_of_machine(shutdown));
+        }
+        self.start_up();
+        if !self.debugged.as_ref().is_some_and(Debugged::is_stepping) {
+            self.offer_interrupt();
+        }
+        Ok(())
+    }
+
+    /// Lets INIT and start-up IPIs of other processors take effect.
+    fn start_up(&mut self) {
+        while let Some(startup) = self.machine.take_startup() {
+            let vector = match startup {
+                Startup::Init => {
+                    self.halted = Halted::Reset;
+                    0
+                }
+                Startup::Begin { vector } => {
+                    self.halted = Halted::No;
+                    vector
+                }
+            };
+            let signature = control::signature(self);
+            entry::start_up(&mut *self.vcpu, vector, signature);
+            let control = self.vcpu.control_registers();
+            if self.paging.load_registers(&control).is_err() {
+                unreachable!("without paging there are no pointers to refuse");
+            }
+        }
+    }
+
+    /// Whether a processor that waits still does.
+    fn wake(&mut self) -> Result<Halted, End> {
+        self.check_deadline()?;
+        self.start_up();
+        if self.machine.take_nmi() {
+            self.vcpu.events_mut().raise_nmi();
+        }
+        let wakes = match self.halted {
+            Halted::No => true,
+            Halted::Yes | Halted::Deaf => self.wakes(),
+            Halted::Reset => false,
+        };
+        if wakes {
+            self.halted = Halted::No;
+        }
+        Ok(self.halted)
+    }
+
     /// Moves an interrupt from the machine's controllers to the processor, or has the processor
     /// say when it can take it.
-    #[inline(never)]
     fn offer_interrupt(&mut self) {
         if self.machine.take_nmi() {
             self.vcpu.events_mut().raise_nmi();
@@ -371,10 +372,8 @@ impl Guest {
     /// The watchdog. The alarm is set for its time at the latest, so it is asked only after
     /// interrupts, even of a guest that never exits of itself.
     fn check_deadline(&self) -> Result<(), End> {
-        if self
-            .deadline
-            .is_some_and(|deadline| platform::timestamp() >= deadline)
-        {
+        let deadline = self.machine.shared().deadline();
+        if deadline.is_some_and(|deadline| platform::timestamp() >= deadline) {
             let rip = self.vcpu.registers().rip;
             return Err(End::new(
                 Outcome::Watchdog,
@@ -394,7 +393,8 @@ impl Guest {
     pub fn next_deadline(&self) -> Option<u64> {
         let machine = self.machine.next_deadline();
         let machine = machine.map(|time| self.machine.time_base().counter_at(time));
-        machine.into_iter().chain(self.deadline).min()
+        let deadline = self.machine.shared().deadline();
+        machine.into_iter().chain(deadline).min()
     }
 
     /// Records an event, if that is wanted.
@@ -460,7 +460,10 @@ impl Guest {
                 Ok(())
             }
             Exit::Io(access) => ports::access(self, access),
-            Exit::Halt => self.halt(),
+            Exit::Halt => {
+                self.halt();
+                Ok(())
+            }
             Exit::Pause | Exit::InvalidateCaches => {
                 self.vcpu.skip_instruction();
                 Ok(())
@@ -537,20 +540,13 @@ impl Guest {
     }
 
     /// HLT: waits until an interrupt is due.
-    fn halt(&mut self) -> Result<(), End> {
+    fn halt(&mut self) {
         self.vcpu.skip_instruction();
         self.advance_time();
-        if !self.wakes() && self.vcpu.windows().interrupt == Window::Closed {
-            return Err(End::new(
-                Outcome::Halted,
-                format!(
-                    "the guest halted with interrupts off before {:#x}: nothing can wake it",
-                    self.vcpu.registers().rip
-                ),
-            ));
-        }
-        self.halted = Halted::Yes;
-        Ok(())
+        self.halted = match self.vcpu.windows().interrupt {
+            Window::Closed if !self.wakes() => Halted::Deaf,
+            _ => Halted::Yes,
+        };
     }
 
     /// Whether something ends a halt.
@@ -558,6 +554,17 @@ impl Guest {
         self.machine.pending_interrupt() && self.vcpu.windows().interrupt == Window::Open
             || self.vcpu.events().needs_nmi_window()
             || !self.vcpu.events().accepts_interrupt()
+    }
+
+    /// The end of a guest whose processors all wait for each other.
+    pub fn never_wakes(&self) -> End {
+        End::new(
+            Outcome::Halted,
+            format!(
+                "the guest halted with interrupts off before {:#x}: nothing can wake it",
+                self.vcpu.registers().rip
+            ),
+        )
     }
 
     /// The end for what Umbra does not do.
@@ -589,7 +596,7 @@ fn end_of_machine(shutdown: Shutdown) -> End {
 }
 
 /// The names under which exits are counted.
-const REASONS: [&str; 31] = [
+pub const REASONS: [&str; 31] = [
     "page_fault",
     "exception",
     "host_interrupt",
@@ -657,26 +664,5 @@ const fn reason(exit: &Exit) -> usize {
         Exit::NotEnterable => 28,
         Exit::Breakpoint { .. } => 29,
         Exit::MoveDebugRegister { .. } => 30,
-    }
-}
-
-fn counters(mmu: &Arc<Mmu<GuestHost>>) -> MmuCounters {
-    let statistics = mmu.statistics();
-    MmuCounters {
-        pf_taken: statistics.pf_taken,
-        pf_fixed: statistics.pf_fixed,
-        pf_guest: statistics.pf_guest,
-        mmu_cache_miss: statistics.mmu_cache_miss,
-        mmu_recycled: statistics.mmu_recycled,
-        mmu_shadow_zapped: statistics.mmu_shadow_zapped,
-        mmu_pte_write: statistics.mmu_pte_write,
-        mmu_flooded: statistics.mmu_flooded,
-        mmu_unsync: statistics.mmu_unsync,
-        shrink_calls: statistics.shrink_calls,
-        shrink_freed: statistics.shrink_freed,
-        tlb_flush: statistics.tlb_flush,
-        mmu_pages_used: statistics.mmu_pages_used,
-        mmu_pages_limit: statistics.mmu_pages_limit,
-        mmu_limit_raised: 0,
     }
 }

@@ -3,6 +3,7 @@
 use alloc::boxed::Box;
 use alloc::format;
 use alloc::string::String;
+use alloc::sync::Arc;
 use alloc::vec::Vec;
 
 use hermit::mm::with_fallible_requests;
@@ -13,7 +14,7 @@ use umbra_loader::{
 };
 use umbra_machine::devices::fw_cfg::{E820Entry, FwCfg};
 use umbra_machine::processor::cpuid::CpuidPolicy;
-use umbra_machine::{Configuration, Machine, TimeBase, acpi};
+use umbra_machine::{Configuration, Machine, ProcessorNumber, TimeBase, acpi};
 use umbra_mmu::{MmuConfig, OutOfMemory, SlotError, VictimPolicy};
 use umbra_report::options::{Device, Entry, GuestOptions, MmuPolicy, Options, Traced};
 use umbra_report::{ExitCode, Outcome, Report};
@@ -29,10 +30,11 @@ use crate::injection::Shrinks;
 use crate::memory::{GuestHost, LoaderRam, RamRange};
 use crate::paging::Paging;
 use crate::physical::{self, HostAddressSpace};
-use crate::rates::Rates;
 use crate::schedule::Schedule;
+use crate::shared::{Shared, SharedMachine};
 use crate::shortage::Shortage;
 use crate::uhyve::Uhyve;
+use crate::vm::Vm;
 use crate::{advice, archive, bios, control, entry, injection, platform, pressure, timestamp};
 
 /// Runs the guests that `options` ask for to their ends, and returns the image's exit code.
@@ -83,7 +85,7 @@ impl Launcher<'_> {
     ///
     /// # Errors
     /// The report of a guest that cannot even start.
-    pub fn prepare(&self, index: usize, run: u64) -> Result<Guest, Report> {
+    pub fn prepare(&self, index: usize, run: u64) -> Result<Vm, Report> {
         let options = &self.guests[index];
         if let Some(fail) = options.fail_allocation {
             injection::arm(fail, run);
@@ -114,7 +116,7 @@ fn prepare(
     of: usize,
     files: GuestFiles,
     driver: &Driver,
-) -> Result<Guest, End> {
+) -> Result<Vm, End> {
     let memory_map = MemoryMap::new(options.memory);
     let ranges: Vec<RamRange> = memory_map
         .ram()
@@ -167,7 +169,17 @@ fn prepare(
             End::new(outcome, format!("{error}"))
         })?;
 
-    host.write(acpi::ADDRESS, &acpi::tables(1))
+    if loaded.format == Format::Hermit && options.processors > 1 {
+        return Err(End::new(
+            Outcome::BadOption,
+            format!(
+                "--smp {}: a Hermit application has one processor, as version 1 of the uhyve interface \
+                 cannot start others",
+                options.processors
+            ),
+        ));
+    }
+    host.write(acpi::ADDRESS, &acpi::tables(options.processors))
         .map_err(|cause| {
             End::new(
                 Outcome::HostOutOfMemory,
@@ -179,7 +191,7 @@ fn prepare(
     let cpuid = CpuidPolicy::new(&control::host_cpuid, &driver.limits());
     let mut machine = Machine::new(Configuration {
         time_base: TimeBase::new(platform::timestamp(), timestamp::frequency()),
-        processors: 1,
+        processors: options.processors,
         features: *cpuid.features(),
         console: Box::new(console()),
     });
@@ -232,12 +244,43 @@ fn prepare(
         })?;
     }
 
-    let mut vcpu = with_fallible_requests(|| driver.create_vcpu(&HostAddressSpace))?;
-    let mut paging = with_fallible_requests(|| Paging::new(mmu))?;
-    entry::enter_state(&mut *vcpu, &loaded.entry);
-    vcpu.set_tsc_offset(machine.msrs().tsc_offset());
-    paging
-        .load_registers(&vcpu.control_registers())
+    let tsc_offset = machine.msrs().tsc_offset();
+    let deadline = options.timeout.map(|timeout| {
+        let ticks = platform::ticks_in_microseconds(timeout.as_micros() as u64);
+        platform::timestamp().saturating_add(ticks)
+    });
+    let shared = Arc::new(Shared::new(Box::new(machine), deadline));
+    let mut processors = Vec::new();
+    for number in ProcessorNumber::first(options.processors) {
+        let mut vcpu = with_fallible_requests(|| driver.create_vcpu(&HostAddressSpace))?;
+        vcpu.set_tsc_offset(tsc_offset);
+        processors.push(Guest {
+            vcpu,
+            paging: with_fallible_requests(|| Paging::new(Arc::clone(&mmu), number))?,
+            machine: SharedMachine::new(Arc::clone(&shared), number),
+            uhyve: None,
+            cpuid,
+            shortage: Shortage::new(options.on_exhausted, config.limit),
+            exits: ExitCounts::default(),
+            exit_log: ExitLog::default(),
+            debugged: None,
+            watched: false,
+            trace: (options.trace != Traced::NOTHING).then(|| Box::new(Trace::new(options.trace))),
+            halted: Halted::Reset,
+            firmware: None,
+            blocking: None,
+        });
+    }
+    let boot = &mut processors[ProcessorNumber::BOOT.index()];
+    boot.halted = Halted::No;
+    boot.firmware = firmware;
+    let width = image_width(loaded.format, files.image);
+    boot.debugged = options.gdb.map(|start| Debugged::new(start, width));
+    boot.uhyve = (loaded.format == Format::Hermit)
+        .then(|| Uhyve::new(name, &options.append, Box::new(console())));
+    entry::enter_state(&mut *boot.vcpu, &loaded.entry);
+    boot.paging
+        .load_registers(&boot.vcpu.control_registers())
         .map_err(|error| {
             End::new(
                 Outcome::EntryFailed,
@@ -245,36 +288,9 @@ fn prepare(
             )
         })?;
 
-    let width = image_width(loaded.format, files.image);
-    let uhyve = (loaded.format == Format::Hermit)
-        .then(|| Uhyve::new(name, &options.append, Box::new(console())));
     let mut report = Report::new(name, Outcome::Failed, "");
     report.driver = Some(driver.kind());
-    let deadline = options.timeout.map(|timeout| {
-        let ticks = platform::ticks_in_microseconds(timeout.as_micros() as u64);
-        platform::timestamp().saturating_add(ticks)
-    });
-    Ok(Guest {
-        vcpu,
-        paging,
-        machine,
-        uhyve,
-        cpuid,
-        report,
-        shortage: Shortage::new(options.on_exhausted, config.limit),
-        rates: Rates::default(),
-        exits: ExitCounts::default(),
-        exit_log: ExitLog::default(),
-        debugged: options.gdb.map(|start| Debugged::new(start, width)),
-        watched: false,
-        trace: (options.trace != Traced::NOTHING).then(|| Box::new(Trace::new(options.trace))),
-        trace_format: options.trace_format,
-        deadline,
-        start: None,
-        halted: Halted::No,
-        firmware,
-        blocking: None,
-    })
+    Ok(Vm::new(processors, shared, report, options.trace_format))
 }
 
 /// How wide the code is that a debugger expects in an image.
@@ -299,7 +315,7 @@ fn describe_machine(fw_cfg: &mut FwCfg, options: &GuestOptions, memory_map: &Mem
         })
         .collect();
     fw_cfg.set_ram_size(options.memory);
-    fw_cfg.set_cpu_count(1);
+    fw_cfg.set_cpu_count(options.processors.into());
     fw_cfg.set_command_line(options.append.as_bytes());
     fw_cfg.set_memory_map(&entries);
 }

@@ -45,10 +45,12 @@ mod rates;
 mod schedule;
 #[allow(unsafe_code, reason = "a serial port is reached by I/O ports")]
 mod second_serial;
+mod shared;
 mod shortage;
 #[allow(unsafe_code, reason = "measuring it needs ports")]
 mod timestamp;
 mod uhyve;
+mod vm;
 
 use alloc::format;
 use alloc::string::{String, ToString};

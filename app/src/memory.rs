@@ -8,9 +8,10 @@
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::fmt;
-use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 use umbra_loader::{GuestRam, OutOfRam};
+use umbra_machine::ProcessorNumber;
 use umbra_mmu::{
     Frames, GuestMemory, MemorySlot, OutOfMemory, SlotFlags, SlotId, TlbFlush, Touch, Zone,
 };
@@ -154,7 +155,8 @@ pub struct GuestHost {
     shadow_frames: FrameAllocator,
     /// Where each memory slot begins: slot `n` is range `n`.
     slots: Box<[RamRange]>,
-    flush_requested: AtomicBool,
+    /// The processors that must drop their translations, one bit each.
+    flush_requests: AtomicU8,
     shrinks: Shrinks,
 }
 
@@ -168,7 +170,7 @@ impl GuestHost {
             ram: Ram::new(ranges)?,
             shadow_frames: FrameAllocator::default(),
             slots: ranges.into(),
-            flush_requested: AtomicBool::new(false),
+            flush_requests: AtomicU8::new(0),
             shrinks,
         })
     }
@@ -193,10 +195,13 @@ impl GuestHost {
         })
     }
 
-    /// Whether translations must be dropped before the guest is entered; asking answers the
+    /// Whether a processor's translations must be dropped before it is entered; asking answers the
     /// request.
-    pub fn take_flush_request(&self) -> bool {
-        self.flush_requested.swap(false, Ordering::AcqRel)
+    #[inline]
+    pub fn take_flush_request(&self, processor: ProcessorNumber) -> bool {
+        let own = 1 << processor.get();
+        self.flush_requests.load(Ordering::Acquire) & own != 0
+            && self.flush_requests.fetch_and(!own, Ordering::AcqRel) & own != 0
     }
 
     /// Copies bytes into the guest's RAM.
@@ -336,7 +341,7 @@ impl Frames for GuestHost {
 impl TlbFlush for GuestHost {
     fn flush_all(&self) {
         self.shrinks.pass(ShrinkPoint::Locked);
-        self.flush_requested.store(true, Ordering::Release);
+        self.flush_requests.store(u8::MAX, Ordering::Release);
     }
 }
 

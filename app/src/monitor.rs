@@ -8,6 +8,7 @@ use alloc::boxed::Box;
 use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
+use core::fmt;
 
 use umbra_inspect::monitor::{
     Command, CommandError, Escape, GuestStatistics, GuestStatus, HELP, Key, LineEditor, PROMPT,
@@ -16,7 +17,7 @@ use umbra_inspect::monitor::{
 use umbra_inspect::{GuestView, ProcessorState};
 use umbra_report::Report;
 
-use crate::guest::Halted;
+use crate::guest::{Guest, Halted};
 use crate::platform;
 use crate::pressure;
 use crate::schedule::Running;
@@ -87,7 +88,7 @@ impl Monitor {
     fn typed(&mut self, byte: u8, guests: &mut [Running]) {
         let Some(editor) = &mut self.prompt else {
             if let Some(first) = guests.first_mut() {
-                first.guest.machine.receive(byte);
+                first.guest.current_mut().machine.receive(byte);
             }
             return;
         };
@@ -144,6 +145,27 @@ impl Monitor {
     }
 }
 
+/// The registers of all processors.
+struct Processors<'a>(&'a [Guest]);
+
+impl fmt::Display for Processors<'_> {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for guest in self.0 {
+            if self.0.len() > 1 {
+                let number = guest.machine.number().get();
+                let state = match guest.halted {
+                    Halted::No => "runs",
+                    Halted::Yes | Halted::Deaf => "waits for an interrupt",
+                    Halted::Reset => "waits for its start",
+                };
+                writeln!(formatter, "processor {number} {state}")?;
+            }
+            write!(formatter, "{}", ProcessorState::of(&*guest.vcpu))?;
+        }
+        Ok(())
+    }
+}
+
 fn reply_text(reply: &Result<Reply, CommandError>) -> String {
     match reply {
         Ok(reply) => reply.to_string(),
@@ -176,7 +198,7 @@ fn execute(command: Command, guests: &mut [Running]) -> Result<Reply, CommandErr
             }
         }
         Command::Limit { guest, pages } => {
-            let mmu = find(guests, &guest)?.guest.paging.mmu();
+            let mmu = find(guests, &guest)?.guest.mmu();
             mmu.set_limit(pages);
             Reply::Limit {
                 mmu_pages_limit: mmu.limit() as u64,
@@ -188,21 +210,25 @@ fn execute(command: Command, guests: &mut [Running]) -> Result<Reply, CommandErr
         Command::Resume(name) => change(guests, name, Run::Running, Running::resume)?,
         Command::Stop(name) => change(guests, Some(name), Run::Stopped, Running::stop)?,
         Command::Walk { guest, address } => {
-            let inspection = find(guests, &guest)?.guest.paging.inspect(address);
+            let inspection = find(guests, &guest)?
+                .guest
+                .current()
+                .paging
+                .inspect(address);
             Reply::Walk(Box::new(WalkReply { guest, inspection }))
         }
         Command::Registers(name) => {
             let running = find(guests, &name)?;
-            Reply::text(&name, &ProcessorState::of(&*running.guest.vcpu))
+            Reply::text(&name, &Processors(running.guest.processors()))
         }
-        Command::Exits(name) => Reply::text(&name, &find(guests, &name)?.guest.exit_log),
+        Command::Exits(name) => Reply::text(&name, &find(guests, &name)?.guest.current().exit_log),
     })
 }
 
 fn find<'a>(guests: &'a mut [Running], name: &str) -> Result<&'a mut Running, CommandError> {
     guests
         .iter_mut()
-        .find(|running| running.guest.report.guest == name)
+        .find(|running| running.guest.name() == name)
         .ok_or_else(|| CommandError::NoGuest(name.to_string()))
 }
 
@@ -223,7 +249,7 @@ fn change(
     let mut changed = Vec::new();
     for running in select(guests, name)? {
         what(running);
-        changed.push(running.guest.report.guest.clone());
+        changed.push(running.guest.name().to_string());
     }
     Ok(Reply::Changed {
         guests: changed,
@@ -234,20 +260,20 @@ fn change(
 fn status(running: &Running) -> GuestStatus {
     let guest = &running.guest;
     GuestStatus {
-        guest: guest.report.guest.clone(),
+        guest: guest.name().to_string(),
         state: if running.is_stopped() {
             Run::Stopped
         } else if running.is_paused() {
             Run::Paused
-        } else if guest.halted == Halted::Yes {
+        } else if guest.is_waiting() {
             Run::Waiting
         } else {
             Run::Running
         },
         run: running.run,
-        exits: guest.exits.iter().sum(),
-        mmu_pages_used: guest.paging.mmu().used() as u64,
-        mmu_pages_limit: guest.paging.mmu().limit() as u64,
+        exits: guest.exits(),
+        mmu_pages_used: guest.mmu().used() as u64,
+        mmu_pages_limit: guest.mmu().limit() as u64,
     }
 }
 

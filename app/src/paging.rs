@@ -7,6 +7,7 @@ use alloc::sync::Arc;
 use core::sync::atomic::Ordering;
 
 use umbra_inspect::GuestView;
+use umbra_machine::ProcessorNumber;
 use umbra_mmu::{
     Access, AccessKind, Cr3, Fault, FaultOutcome, GuestEnd, Inspection, InvalidPdpte, Marking, Mmu,
     MmuError, PageFault, PagingRegisters, Pkru, RootChange, TranslateError, Vcpu as PagingVcpu,
@@ -24,9 +25,10 @@ use x86_64::structures::idt::PageFaultErrorCode;
 use crate::memory::{GuestHost, Unwritable};
 use crate::physical::{self, ENTRIES};
 
-/// A guest's shadow MMU and its one processor's part in it.
+/// A guest's shadow MMU and one processor's part in it.
 pub struct Paging {
     mmu: Arc<Mmu<GuestHost>>,
+    number: ProcessorNumber,
     vcpu: PagingVcpu,
     code_page: Option<CodePage>,
     /// What the hardware walks since the last entry.
@@ -61,10 +63,11 @@ impl Paging {
     ///
     /// # Errors
     /// [`MmuError`] if there is no memory for it.
-    pub fn new(mmu: Arc<Mmu<GuestHost>>) -> Result<Self, MmuError> {
+    pub fn new(mmu: Arc<Mmu<GuestHost>>, number: ProcessorNumber) -> Result<Self, MmuError> {
         let vcpu = mmu.create_vcpu()?;
         Ok(Self {
             mmu,
+            number,
             vcpu,
             code_page: None,
             root: ShadowPaging {
@@ -143,7 +146,7 @@ impl Paging {
     /// Whether the MMU has asked for a flush since the last call.
     #[inline]
     pub fn take_flush_request(&mut self) -> bool {
-        let requested = self.mmu.host().take_flush_request();
+        let requested = self.mmu.host().take_flush_request(self.number);
         if requested {
             self.peeked = [None; PEEKED];
         }

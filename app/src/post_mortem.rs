@@ -10,7 +10,7 @@ use crate::guest::{End, Guest};
 use crate::pressure;
 
 /// The page on a guest that `end` ends, unless it ended as guests do.
-pub fn page(guest: &Guest, end: &End) -> Option<String> {
+pub fn page(name: &str, guest: &Guest, end: &End) -> Option<String> {
     let death = match end.outcome {
         Outcome::TripleFault => Death::TripleFault,
         Outcome::Halted => Death::Halted,
@@ -22,7 +22,7 @@ pub fn page(guest: &Guest, end: &End) -> Option<String> {
         return None;
     }
     let page = PostMortem {
-        guest: &guest.report.guest,
+        guest: name,
         message: &end.message,
         death,
         state: &ProcessorState::of(&*guest.vcpu),
@@ -38,7 +38,7 @@ pub fn page(guest: &Guest, end: &End) -> Option<String> {
 /// A text that grows as far as the heap allows.
 struct Text(String);
 
-impl fmt::Write for Text {
+impl Write for Text {
     fn write_str(&mut self, part: &str) -> fmt::Result {
         self.0.try_reserve(part.len()).map_err(|_| fmt::Error)?;
         self.0.push_str(part);

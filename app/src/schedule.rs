@@ -14,10 +14,11 @@ use umbra_report::{ExitCode, Outcome, Report};
 
 use crate::alarm::Alarm;
 use crate::gdb::{Debugged, Debugger, Wish};
-use crate::guest::{End, Guest, Halted, Turn};
+use crate::guest::{End, Turn};
 use crate::launch::Launcher;
 use crate::monitor::Monitor;
 use crate::second_serial::{self, SecondSerial};
+use crate::vm::Vm;
 use crate::{advice, platform, post_mortem, pressure, timestamp};
 
 /// A guest's time slice in microseconds.
@@ -39,7 +40,7 @@ pub struct Schedule<'a> {
 /// A guest in one of its runs.
 pub struct Running {
     /// The guest.
-    pub guest: Guest,
+    pub guest: Vm,
     /// Its place in the options.
     index: usize,
     /// Which of its runs this is, from 1.
@@ -70,9 +71,7 @@ impl Running {
     pub fn resume(&mut self) {
         if let Order::Pause(since) = self.order {
             let ticks = platform::timestamp().saturating_sub(since);
-            if let Some(deadline) = &mut self.guest.deadline {
-                *deadline = deadline.saturating_add(ticks);
-            }
+            self.guest.shared().extend_deadline(ticks);
             self.order = Order::Run;
         }
     }
@@ -93,8 +92,7 @@ impl Running {
     }
 
     fn is_debugged_and_stopped(&self) -> bool {
-        let debugged = self.guest.debugged.as_ref();
-        debugged.is_some_and(Debugged::is_stopped)
+        self.guest.debugged().is_some_and(Debugged::is_stopped)
     }
 
     fn turn(&mut self, alarm: &mut Alarm, until: u64) -> Turn {
@@ -144,24 +142,24 @@ impl<'a> Schedule<'a> {
         let debugged = self
             .running
             .iter()
-            .position(|running| running.guest.debugged.is_some());
+            .position(|running| running.guest.debugged().is_some());
         for running in self
             .running
             .iter_mut()
             .skip(debugged.map_or(0, |place| place + 1))
         {
-            running.guest.debugged = None;
+            running.guest.current_mut().debugged = None;
         }
         match (debugged, port) {
             (None, port) => self.monitor = Monitor::new(port),
             (Some(place), Some(port)) => {
                 let Running { guest, index, .. } = &mut self.running[place];
-                self.debugger = Some((*index, Debugger::new(port, guest)));
-                let name = &guest.report.guest;
+                self.debugger = Some((*index, Debugger::new(port, guest.current_mut())));
+                let name = guest.name();
                 hermit::println!("umbra: GDB can debug {name} at the second serial port");
             }
             (Some(place), None) => {
-                self.running[place].guest.debugged = None;
+                self.running[place].guest.current_mut().debugged = None;
                 hermit::println!(
                     "umbra: no debugger, because the machine has no second serial port"
                 );
@@ -173,7 +171,7 @@ impl<'a> Schedule<'a> {
     fn poll_debugger(&mut self) {
         if let Some((index, debugger)) = &mut self.debugger
             && let Some(running) = self.running.iter_mut().find(|other| other.index == *index)
-            && debugger.poll(&mut running.guest) == Wish::Kill
+            && debugger.poll(running.guest.current_mut()) == Wish::Kill
         {
             running.stop();
         }
@@ -208,13 +206,13 @@ impl<'a> Schedule<'a> {
                         if let Some((debugged, debugger)) = &mut self.debugger
                             && *debugged == index
                         {
-                            debugger.ended(&mut guest, end.outcome.exit_code());
+                            debugger.ended(guest.current_mut(), end.outcome.exit_code());
                         }
-                        let post_mortem = post_mortem::page(&guest, &end);
-                        let (trace, format) = (guest.trace.take(), guest.trace_format);
+                        let post_mortem = post_mortem::page(guest.name(), guest.current(), &end);
+                        let (traces, format) = (guest.take_traces(), guest.trace_format());
                         let report = advice::complete(guest.finish(end));
-                        if let Some(trace) = trace {
-                            self.print_trace(&trace, format, &report, run);
+                        for (number, trace) in (0..).zip(&traces) {
+                            self.print_trace(number, trace, format, &report, run);
                         }
                         if let Some(page) = post_mortem {
                             self.monitor.make_way(&page);
@@ -263,7 +261,7 @@ impl<'a> Schedule<'a> {
                 Ok(mut guest) => {
                     if run > 1 {
                         // The debugger has been told that its guest has ended.
-                        guest.debugged = None;
+                        guest.current_mut().debugged = None;
                     }
                     return Some(Running {
                         guest,
@@ -299,13 +297,18 @@ impl<'a> Schedule<'a> {
         }
     }
 
-    fn print_trace(&self, trace: &Trace, format: TraceFormat, report: &Report, run: u64) {
+    fn print_trace(&self, vcpu: u8, trace: &Trace, format: TraceFormat, report: &Report, run: u64) {
         let nanoseconds = timestamp::nanoseconds_in_ticks;
         match format {
             TraceFormat::Text if report.exit_code == ExitCode::Success => {}
-            TraceFormat::Text => self.monitor.make_way(&trace.text(TRACE_SHOWN, nanoseconds)),
+            TraceFormat::Text => {
+                if report.vcpus > 1 {
+                    self.monitor.make_way(&format!("processor {vcpu}, "));
+                }
+                self.monitor.make_way(&trace.text(TRACE_SHOWN, nanoseconds));
+            }
             TraceFormat::Json => {
-                for line in trace.lines(&report.guest, run, nanoseconds) {
+                for line in trace.lines(&report.guest, run, vcpu, nanoseconds) {
                     self.monitor.make_way(&format!("{}{line}\n", trace::MARKER));
                 }
             }
@@ -315,8 +318,8 @@ impl<'a> Schedule<'a> {
     /// The host's time-stamp counter at which the turn of the guest in this place ends at the latest.
     fn end_of_turn(&self, place: usize) -> u64 {
         let others = self.running.iter().enumerate();
-        let waiting = others
-            .filter(|(other, running)| *other != place && running.guest.halted == Halted::Yes);
+        let waiting =
+            others.filter(|(other, running)| *other != place && running.guest.is_waiting());
         let deadlines = waiting.filter_map(|(_, running)| running.next_deadline());
         let slice = platform::ticks_in_microseconds(TIME_SLICE);
         deadlines

@@ -29,6 +29,8 @@ pub struct Guest {
     pub command_line: Option<String>,
     /// A device that it needs besides the usual ones.
     pub device: Option<String>,
+    /// How many processors it needs, if not one.
+    pub smp: Option<u64>,
     /// Whether it takes so long that it only runs when asked for.
     #[serde(default)]
     pub long: bool,
@@ -147,6 +149,14 @@ impl Source {
         match self {
             Self::Own(guest) => guest.device.as_deref(),
             Self::Linux(_) | Self::Hermit | Self::Memtest | Self::First | Self::File(_) => None,
+        }
+    }
+
+    /// How many processors the guest needs, if not one.
+    pub fn processors(&self) -> Option<u64> {
+        match self {
+            Self::Own(guest) => guest.smp,
+            Self::Linux(_) | Self::Hermit | Self::Memtest | Self::File(_) => None,
         }
     }
 

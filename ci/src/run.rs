@@ -34,7 +34,7 @@ pub struct Options {
     guest: Option<String>,
     /// Several guests, as this umbra.toml describes them; its guests are Umbra's own by name, or files
     /// beside it
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["guest", "initrd", "append", "memory", "mmu_pages", "mmu_policy", "mmu_batch", "on_exhausted"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["guest", "initrd", "append", "memory", "smp", "mmu_pages", "mmu_policy", "mmu_batch", "on_exhausted"])]
     config: Option<PathBuf>,
     /// A file to pass to the guest as its initrd or first module
     #[arg(long, value_name = "FILE", requires = "guest")]
@@ -45,6 +45,9 @@ pub struct Options {
     /// The guest's memory, as in 64M or 1G [default: 64M; 128M for linux]
     #[arg(long, value_name = "SIZE")]
     memory: Option<String>,
+    /// How many processors the guest has, 1 to 4 [default: what the guest needs]
+    #[arg(long, value_name = "N")]
+    smp: Option<String>,
     /// The most shadow pages that the guest may use [default: 1/50 of its pages]
     #[arg(long, value_name = "N")]
     mmu_pages: Option<String>,
@@ -236,6 +239,12 @@ fn arguments(options: &Options, source: Option<&Source>) -> Vec<String> {
             memory
                 .or(source.and_then(Source::memory))
                 .map(str::to_owned),
+        ),
+        (
+            "--smp",
+            options.smp.clone().or(source
+                .and_then(Source::processors)
+                .map(|processors| processors.to_string())),
         ),
         ("--mmu-pages", options.mmu_pages.clone()),
         ("--mmu-policy", options.mmu_policy.clone()),

@@ -76,11 +76,13 @@ pub struct Scenario {
     machine: Option<String>,
     /// QEMU's processor, as in `EPYC,+svm,-pdpe1gb`.
     cpu: Option<String>,
-    /// How many processors the machine has, of which Umbra uses one.
-    smp: Option<NonZeroU8>,
+    /// How many processors the machine under Umbra has.
+    host_cpus: Option<NonZeroU8>,
     /// What the machine's clock follows: the time, or the instructions that are executed.
     #[serde(default)]
     pub clock: Clock,
+    /// How many processors the guest has.
+    smp: Option<u64>,
     /// The most shadow pages that the guest may use.
     mmu_pages: Option<u64>,
     /// Which shadow pages go first when there are too many: `clock` or `fifo`.
@@ -160,8 +162,9 @@ const KEYS: Keys = Keys(&[
     ("machine_memory_mib", LEAF),
     ("machine", LEAF),
     ("cpu", LEAF),
-    ("smp", LEAF),
+    ("host_cpus", LEAF),
     ("clock", LEAF),
+    ("smp", LEAF),
     ("mmu_pages", LEAF),
     ("mmu_policy", LEAF),
     ("on_exhausted", LEAF),
@@ -333,8 +336,9 @@ impl Scenario {
             machine_memory_mib: None,
             machine: None,
             cpu: None,
-            smp: None,
+            host_cpus: None,
             clock: Clock::Time,
+            smp: guest.smp,
             mmu_pages: None,
             mmu_policy: None,
             on_exhausted: None,
@@ -466,6 +470,7 @@ impl Scenario {
             ("--guest", name),
             ("--append", self.command_line()),
             ("--memory", self.memory().map(str::to_owned)),
+            ("--smp", self.smp.map(|processors| processors.to_string())),
             ("--mmu-pages", self.mmu_pages.map(|pages| pages.to_string())),
             ("--mmu-policy", self.mmu_policy.clone()),
             ("--on-exhausted", self.on_exhausted.clone()),
@@ -505,7 +510,7 @@ impl Scenario {
         Hardware {
             machine: self.machine.clone(),
             cpu: self.cpu.clone(),
-            processors: self.smp,
+            host_cpus: self.host_cpus,
         }
     }
 

@@ -1,7 +1,7 @@
 //! Traces as Chrome's trace viewer and Perfetto read them: the JSON object of the "Trace Event Format",
 //! with a process for each run of a guest and a thread for each of its processors.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
@@ -124,13 +124,21 @@ impl Trace {
             let line: TraceLine = serde_json::from_str(json)
                 .with_context(|| format!("a line of the trace is damaged: {json}"))?;
             let next = tracks.len() as u32 + 1;
-            let pid = *tracks
-                .entry((line.guest.clone(), line.run))
-                .or_insert_with(|| {
-                    lost += line.lost;
-                    trace_events.extend(names(next, &line));
-                    next
-                });
+            let track: &mut Track =
+                tracks
+                    .entry((line.guest.clone(), line.run))
+                    .or_insert_with(|| {
+                        trace_events.push(run_name(next, &line));
+                        Track {
+                            pid: next,
+                            processors: BTreeSet::new(),
+                        }
+                    });
+            let (pid, tid) = (track.pid, line.vcpu.into());
+            if track.processors.insert(line.vcpu) {
+                lost += line.lost;
+                trace_events.push(processor_name(pid, line.vcpu));
+            }
             trace_events.extend(line.events.into_iter().map(|event| {
                 let (name, cat) = (event.name.into_owned(), event.category.into_owned());
                 let (ts, args) = (
@@ -146,7 +154,7 @@ impl Trace {
                         ts,
                         dur: microseconds(duration),
                         pid,
-                        tid: 0,
+                        tid,
                         args,
                     },
                     None => Event::Instant {
@@ -155,7 +163,7 @@ impl Trace {
                         ts,
                         s: Scope::Thread,
                         pid,
-                        tid: 0,
+                        tid,
                         args,
                     },
                 }
@@ -240,22 +248,36 @@ impl Trace {
     }
 }
 
-/// The names of a run's track.
-fn names(pid: u32, line: &TraceLine) -> [Event; 2] {
-    let run = match line.run {
+/// A run of a guest, and which of its processors have a name.
+struct Track {
+    pid: u32,
+    processors: BTreeSet<u8>,
+}
+
+/// The name of a run.
+fn run_name(pid: u32, line: &TraceLine) -> Event {
+    let name = match line.run {
         1 => line.guest.clone(),
         run => format!("{}, run {run}", line.guest),
     };
-    let name = |named, name| Event::Metadata {
-        name: named,
+    Event::Metadata {
+        name: Named::ProcessName,
         pid,
         tid: 0,
         args: Name { name },
-    };
-    [
-        name(Named::ProcessName, run),
-        name(Named::ThreadName, "processor 0".to_owned()),
-    ]
+    }
+}
+
+/// The name of the track of a processor.
+fn processor_name(pid: u32, vcpu: u8) -> Event {
+    Event::Metadata {
+        name: Named::ThreadName,
+        pid,
+        tid: vcpu.into(),
+        args: Name {
+            name: format!("processor {vcpu}"),
+        },
+    }
 }
 
 #[allow(

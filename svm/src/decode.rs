@@ -29,6 +29,7 @@ pub mod exit_code {
     pub const IRET: u64 = 0x74;
     pub const INTN: u64 = 0x75;
     pub const INVD: u64 = 0x76;
+    pub const PAUSE: u64 = 0x77;
     pub const HLT: u64 = 0x78;
     pub const INVLPG: u64 = 0x79;
     pub const INVLPGA: u64 = 0x7a;
@@ -83,6 +84,7 @@ impl Plain {
             exit_code::MSR if information & 1 == 0 => RDMSR,
             exit_code::MSR => WRMSR,
             exit_code::HLT => plain(&[0xf4], &[Mnemonic::Hlt]),
+            exit_code::PAUSE => plain(&[0xf3, 0x90], &[Mnemonic::Pause]),
             exit_code::VMMCALL => VMMCALL,
             exit_code::RDPMC => plain(&[0x0f, 0x33], &[Mnemonic::Rdpmc]),
             exit_code::INVD => plain(&[0x0f, 0x08], &[Mnemonic::Invd]),

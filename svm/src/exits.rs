@@ -225,6 +225,7 @@ impl SvmVcpu {
         Outcome::Exit(match exit {
             exit_code::CPUID => Exit::Cpuid,
             exit_code::HLT => Exit::Halt,
+            exit_code::PAUSE => Exit::Pause,
             exit_code::VMMCALL => Exit::Hypercall,
             exit_code::MSR if information & 1 == 0 => Exit::ReadMsr(index),
             exit_code::MSR => Exit::WriteMsr {

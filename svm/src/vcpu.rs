@@ -15,8 +15,8 @@ use umbra_vcpu::registers::{
     SegmentRegister,
 };
 use umbra_vcpu::{
-    CodeReader, EntryFailure, Flush, MsrError, PrivilegeLevel, ShadowMode, ShadowPaging, TimeSlice,
-    Vcpu,
+    CodeReader, EntryFailure, Flush, MsrError, PauseExits, PrivilegeLevel, ShadowMode,
+    ShadowPaging, TimeSlice, Vcpu,
 };
 use x86_64::instructions::interrupts;
 use x86_64::registers::rflags::RFlags;
@@ -665,6 +665,11 @@ impl Vcpu for SvmVcpu {
 
     fn set_time_slice(&mut self, _ticks: Option<u64>) -> TimeSlice {
         TimeSlice::HostTimer
+    }
+
+    fn set_pause_exits(&mut self, exits: PauseExits) {
+        let intercepts = &mut self.vmcb_mut().control.intercepts3;
+        intercepts.set(Intercepts3::PAUSE, exits == PauseExits::On);
     }
 
     fn events(&self) -> &EventQueue {

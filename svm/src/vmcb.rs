@@ -34,6 +34,8 @@ bitflags! {
         const INTN = 1 << 21;
         /// INVD.
         const INVD = 1 << 22;
+        /// PAUSE.
+        const PAUSE = 1 << 23;
         /// HLT.
         const HLT = 1 << 24;
         /// INVLPG.

@@ -95,6 +95,10 @@ pub trait Vcpu {
     /// whose hardware cannot count says so, and the host's timer must interrupt the guest.
     fn set_time_slice(&mut self, ticks: Option<u64>) -> TimeSlice;
 
+    /// Whether PAUSE exits, where the hardware can make it: for a guest whose processors do not run all
+    /// at once. A fresh processor's does not.
+    fn set_pause_exits(&mut self, exits: PauseExits);
+
     /// The events that wait for the guest.
     fn events(&self) -> &EventQueue;
 
@@ -159,6 +163,15 @@ pub trait Vcpu {
     /// [`EntryFailure`] if the guest's state breaks one of the processor's rules; nothing ran then.
     fn run(&mut self, code: &mut dyn CodeReader, stop: &mut ExitRecord)
     -> Result<(), EntryFailure>;
+}
+
+/// Whether PAUSE ends a run, as [`exit::Exit::Pause`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PauseExits {
+    /// Each one does: the guest waits for a processor that does not run.
+    On,
+    /// None does, or only long loops of them.
+    Off,
 }
 
 /// The table that the hardware walks while the guest runs.

@@ -56,6 +56,8 @@ pub struct Capabilities {
     pub pin: PinControls,
     /// The setting of the primary controls, without the windows.
     pub primary: PrimaryControls,
+    /// What makes PAUSE exit, if anything does.
+    pub pause_exiting: PrimaryControls,
     /// The setting of the secondary controls; `None` if there are none.
     pub secondary: Option<SecondaryControls>,
     /// The setting of the exit controls.
@@ -131,6 +133,11 @@ impl Capabilities {
                 | PrimaryControls::MOV_DR_EXITING,
             PrimaryControls::empty(),
         )?;
+        let pause_exiting = if primary_capability.allows(PrimaryControls::PAUSE_EXITING) {
+            PrimaryControls::PAUSE_EXITING
+        } else {
+            PrimaryControls::empty()
+        };
         let secondary_capability = primary
             .contains(PrimaryControls::SECONDARY_CONTROLS)
             .then(|| ControlCapability::from_msr(read(IA32_VMX_PROCBASED_CTLS2)));
@@ -171,6 +178,7 @@ impl Capabilities {
             revision: basic as u32 & 0x7fff_ffff,
             pin,
             primary,
+            pause_exiting,
             secondary,
             exit,
             entry,

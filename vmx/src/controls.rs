@@ -69,6 +69,7 @@ controls! {
         UNCONDITIONAL_IO_EXITING = 24, "unconditional I/O exiting";
         MSR_BITMAPS = 28, "use MSR bitmaps";
         MONITOR_EXITING = 29, "MONITOR exiting";
+        PAUSE_EXITING = 30, "PAUSE exiting";
         SECONDARY_CONTROLS = 31, "activate secondary controls";
     }
 }

@@ -25,7 +25,8 @@ use umbra_vcpu::registers::{
     SegmentRegister,
 };
 use umbra_vcpu::{
-    CodeReader, EntryFailure, Flush, MsrError, PrivilegeLevel, ShadowPaging, TimeSlice, Vcpu,
+    CodeReader, EntryFailure, Flush, MsrError, PauseExits, PrivilegeLevel, ShadowPaging, TimeSlice,
+    Vcpu,
 };
 use x86_64::instructions::interrupts;
 use x86_64::registers::control::Cr4Flags;
@@ -611,6 +612,11 @@ impl Vcpu for VmxVcpu {
         // SAFETY: every processor with VMX has the counter.
         self.deadline = ticks.map(|ticks| unsafe { _rdtsc() }.saturating_add(ticks));
         TimeSlice::Hardware
+    }
+
+    fn set_pause_exits(&mut self, exits: PauseExits) {
+        let control = self.core.capabilities.pause_exiting;
+        self.primary.set(control, exits == PauseExits::On);
     }
 
     fn events(&self) -> &EventQueue {

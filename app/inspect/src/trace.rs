@@ -268,6 +268,7 @@ impl Trace {
         &self,
         guest: &str,
         run: u64,
+        vcpu: u8,
         nanoseconds: impl Fn(u64) -> u64,
     ) -> impl Iterator<Item = String> {
         let lines = self.records.len().div_ceil(EVENTS_A_LINE).max(1);
@@ -283,6 +284,7 @@ impl Trace {
             let line = TraceLine {
                 guest: guest.to_string(),
                 run,
+                vcpu,
                 lost: self.lost(),
                 events: events.collect(),
             };
@@ -302,7 +304,10 @@ pub struct TraceLine {
     pub guest: String,
     /// Which of its runs this is, from 1.
     pub run: u64,
-    /// How many events of the whole trace are not kept any more.
+    /// The processor whose events these are, from 0.
+    #[serde(default)]
+    pub vcpu: u8,
+    /// How many events of the processor's trace are not kept any more.
     pub lost: u64,
     /// The events, oldest first.
     pub events: Vec<TraceEvent>,
@@ -353,7 +358,7 @@ mod tests {
         trace.exit_handled(1100);
         trace.exit_handled(9999);
         trace.record(1200, exit(8));
-        let lines = read(trace.lines("a", 2, |ticks| 2 * ticks));
+        let lines = read(trace.lines("a", 2, 0, |ticks| 2 * ticks));
         assert_eq!((lines.len(), lines[0].run, lines[0].lost), (1, 2, 0));
         let events = &lines[0].events;
         assert_eq!((events[0].start, events[0].duration), (2000, Some(200)));
@@ -378,7 +383,7 @@ mod tests {
         for time in 0..KEPT as u64 + 5 {
             trace.record(time, Event::Root(Hpa::new(time)));
         }
-        let lines = read(trace.lines("a", 1, |ticks| ticks));
+        let lines = read(trace.lines("a", 1, 0, |ticks| ticks));
         assert_eq!(lines.len(), KEPT / EVENTS_A_LINE);
         assert!(lines.iter().all(|line| line.lost == 5));
         let starts: Vec<_> = lines
@@ -401,7 +406,7 @@ mod tests {
 
     #[test]
     fn an_empty_trace_is_one_empty_line() {
-        let lines = read(Trace::new(Traced::ALL).lines("a", 1, |ticks| ticks));
+        let lines = read(Trace::new(Traced::ALL).lines("a", 1, 0, |ticks| ticks));
         assert_eq!(lines.len(), 1);
         assert_eq!(lines[0].events, []);
     }

@@ -30,6 +30,7 @@ Umbra runs guests, whose files the boot loader passes as modules or in one tar a
   --initrd FILE      the boot module that is its initial RAM disk or first module
   --append TEXT      its command line
   --memory SIZE      its RAM: bytes, or a number with K, M or G (default: 64M)
+  --smp N            how many processors it has, 1 to 4 (default: 1)
   --mmu-pages N      limit on its shadow pages (default: 1/50 of its pages, at least 64); with fewer
                      than 64 it may need more at once than it may have
   --mmu-policy NAME  which shadow pages go first when there are too many: clock, those that are used
@@ -76,6 +77,8 @@ pub const MAXIMUM_MEMORY: u64 = 512 << 30;
 pub const MINIMUM_MMU_PAGES: u64 = 1;
 /// The largest number of shadow pages.
 pub const MAXIMUM_MMU_PAGES: u64 = 1 << 30;
+/// The most processors of a guest.
+pub const MAXIMUM_PROCESSORS: u8 = 4;
 /// The most runs of a guest.
 pub const MAXIMUM_REPEAT: u64 = 1_000_000;
 /// The largest number that an option for tests counts to.
@@ -136,6 +139,8 @@ pub struct GuestOptions {
     pub append: String,
     /// Its RAM in bytes: a multiple of 4096.
     pub memory: u64,
+    /// How many processors it has: 1 to [`MAXIMUM_PROCESSORS`].
+    pub processors: u8,
     /// The limit on its shadow pages, if one was given.
     pub mmu_pages: Option<u64>,
     /// Which shadow pages go first when there are too many.
@@ -172,6 +177,7 @@ impl Default for GuestOptions {
             initrd: None,
             append: String::new(),
             memory: DEFAULT_MEMORY,
+            processors: 1,
             mmu_pages: None,
             mmu_policy: MmuPolicy::Clock,
             mmu_batch: None,
@@ -409,6 +415,7 @@ pub(crate) enum Name {
     Initrd,
     Append,
     Memory,
+    Processors,
     MmuPages,
     MmuPolicy,
     MmuBatch,
@@ -433,6 +440,7 @@ impl Name {
         Self::Initrd,
         Self::Append,
         Self::Memory,
+        Self::Processors,
         Self::MmuPages,
         Self::MmuPolicy,
         Self::MmuBatch,
@@ -457,6 +465,7 @@ impl Name {
             Self::Initrd => "--initrd",
             Self::Append => "--append",
             Self::Memory => "--memory",
+            Self::Processors => "--smp",
             Self::MmuPages => "--mmu-pages",
             Self::MmuPolicy => "--mmu-policy",
             Self::MmuBatch => "--mmu-batch",
@@ -483,6 +492,7 @@ impl Name {
             Self::Initrd => "a boot module's name, as in --initrd initrd.img",
             Self::Append => "a text, as in --append \"quiet\"",
             Self::Memory => "a size, as in --memory 256M",
+            Self::Processors => "a number, as in --smp 2",
             Self::MmuPages => "a number, as in --mmu-pages 1024",
             Self::MmuPolicy => "clock or fifo, as in --mmu-policy fifo",
             Self::MmuBatch => "a number, as in --mmu-batch 1",
@@ -511,6 +521,7 @@ impl Name {
             | Self::ShrinkAt
             | Self::Trace => Kind::Text,
             Self::Memory => Kind::Size,
+            Self::Processors => Kind::Number(1..=u64::from(MAXIMUM_PROCESSORS)),
             Self::MmuPages => Kind::Number(MINIMUM_MMU_PAGES..=MAXIMUM_MMU_PAGES),
             Self::MmuPolicy => Kind::of::<MmuPolicy>(),
             Self::MmuBatch => Kind::Number(1..=MAXIMUM_MMU_PAGES),
@@ -630,6 +641,10 @@ fn set(options: &mut GuestOptions, name: Name, value: &str) -> Result<(), Option
         Name::Initrd => options.initrd = Some(value.to_string()),
         Name::Append => options.append = value.to_string(),
         Name::Memory => options.memory = memory(value)?,
+        Name::Processors => {
+            // The bounds are a byte's.
+            options.processors = number_within_bounds(name, value)? as u8;
+        }
         Name::MmuPages => {
             options.mmu_pages = Some(number_within_bounds(name, value)?);
         }

@@ -4,6 +4,7 @@ use alloc::borrow::Cow;
 use alloc::collections::BTreeMap;
 use alloc::format;
 use alloc::string::{String, ToString};
+use alloc::vec::Vec;
 use core::fmt;
 
 use serde::{Deserialize, Serialize};
@@ -40,6 +41,15 @@ pub struct Report {
     pub nanoseconds: Option<u64>,
     /// Number of exits by reason (`cpuid`, `io`, `page_fault`, …).
     pub exits: BTreeMap<Cow<'static, str>, u64>,
+    /// How many processors the guest had.
+    #[serde(default = "one")]
+    pub vcpus: u64,
+    /// Number of exits of each of them.
+    #[serde(default)]
+    pub vcpu_exits: Vec<u64>,
+    /// How often one of them had to wait because another one used the guest's devices or its MMU.
+    #[serde(default)]
+    pub lock_waits: u64,
     /// The shadow MMU's counters, flattened into the report's own object.
     #[serde(flatten)]
     pub mmu: MmuCounters,
@@ -50,7 +60,7 @@ pub struct Report {
     #[serde(default)]
     pub fault_rates: Option<FaultRates>,
     /// Which of the guest's runs this was, from 1.
-    #[serde(default = "first_run")]
+    #[serde(default = "one")]
     pub run: u64,
     /// Bytes of the image's heap that were allocated when this run began.
     #[serde(default)]
@@ -111,7 +121,7 @@ pub struct MmuCounters {
     pub mmu_limit_raised: u64,
 }
 
-const fn first_run() -> u64 {
+const fn one() -> u64 {
     1
 }
 
@@ -182,6 +192,9 @@ impl Report {
             tsc_ticks: 0,
             nanoseconds: None,
             exits: BTreeMap::new(),
+            vcpus: 1,
+            vcpu_exits: Vec::new(),
+            lock_waits: 0,
             mmu: MmuCounters::default(),
             exhausted: None,
             fault_rates: None,
@@ -305,6 +318,9 @@ mod tests {
             "tsc_ticks",
             "nanoseconds",
             "exits",
+            "vcpus",
+            "vcpu_exits",
+            "lock_waits",
             "pf_taken",
             "pf_fixed",
             "pf_guest",
@@ -339,7 +355,7 @@ mod tests {
         ] {
             assert!(object.get(key).is_some(), "{key} is missing in {json}");
         }
-        assert_eq!(object.as_object().unwrap().len(), 42);
+        assert_eq!(object.as_object().unwrap().len(), 45);
         assert_eq!(object["outcome"], "no-mmu-pages");
         assert_eq!(object["exit_code"], 4);
         assert_eq!(object["driver"], "svm");

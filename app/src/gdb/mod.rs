@@ -234,7 +234,7 @@ pub fn after_exit(guest: &mut Guest) -> bool {
         return true;
     }
     let has_moved =
-        guest.vcpu.registers().rip != debugged.stepped_from || guest.halted == Halted::Yes;
+        guest.vcpu.registers().rip != debugged.stepped_from || guest.halted != Halted::No;
     if !is_stepping(guest) {
         return false;
     }

@@ -17,9 +17,9 @@ pub struct Hardware {
     /// QEMU's processor, as in EPYC,+svm,-pdpe1gb
     #[arg(long, value_name = "MODEL")]
     pub cpu: Option<String>,
-    /// How many processors the machine has, of which Umbra uses one [default: 1]
-    #[arg(long = "smp", value_name = "N")]
-    pub processors: Option<NonZeroU8>,
+    /// How many processors the machine under Umbra has [default: 1]
+    #[arg(long, value_name = "N")]
+    pub host_cpus: Option<NonZeroU8>,
 }
 
 impl Hardware {
@@ -34,7 +34,7 @@ impl Hardware {
         let given = [
             ("machine", self.machine.is_some()),
             ("cpu", self.cpu.is_some()),
-            ("smp", self.processors.is_some()),
+            ("host-cpus", self.host_cpus.is_some()),
         ];
         let first = given.into_iter().find_map(|(part, is)| is.then_some(part));
         let is_fixed = matches!(
@@ -67,7 +67,7 @@ mod tests {
             ..Hardware::default()
         };
         let processors = Hardware {
-            processors: NonZeroU8::new(4),
+            host_cpus: NonZeroU8::new(4),
             ..Hardware::default()
         };
         let is_good = |hardware: &Hardware, platform| hardware.check(platform).is_ok();

@@ -115,7 +115,7 @@ pub(super) fn machine(
             .arg("-serial")
             .arg(format!("tcp:127.0.0.1:{port},nodelay=on"));
     }
-    if let Some(processors) = hardware.processors {
+    if let Some(processors) = hardware.host_cpus {
         command.arg("-smp").arg(processors.to_string());
     }
     match boot.clock {

@@ -306,6 +306,12 @@ impl Machine {
         Some(startup)
     }
 
+    /// Whether [`Machine::take_kicks`] has something to take.
+    #[inline]
+    pub const fn has_kicks(&self) -> bool {
+        !self.kicks.is_empty()
+    }
+
     /// The processors besides the served one for which something has come since the last call: they
     /// must see it before they enter the guest again, and leave it if they are inside.
     #[inline]
