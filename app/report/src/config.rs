@@ -174,7 +174,7 @@ pub fn keys() -> impl Iterator<Item = Key> {
 }
 
 /// The keys that stand at the top.
-const TOP: [&str; 18] = [
+const TOP: [&str; 19] = [
     "image",
     "initrd",
     "append",
@@ -196,7 +196,7 @@ const TOP: [&str; 18] = [
     "guest",
 ];
 /// The keys of a guest.
-const GUEST: [&str; 18] = [
+const GUEST: [&str; 19] = [
     "name",
     "image",
     "initrd",
