@@ -156,7 +156,7 @@ impl Source {
     pub fn processors(&self) -> Option<u64> {
         match self {
             Self::Own(guest) => guest.smp,
-            Self::Linux(_) | Self::Hermit | Self::Memtest | Self::File(_) => None,
+            Self::Linux(_) | Self::Hermit | Self::Memtest | Self::First | Self::File(_) => None,
         }
     }
 
