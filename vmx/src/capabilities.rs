@@ -111,33 +111,7 @@ impl Capabilities {
                 | PinControls::VIRTUAL_NMIS,
             PinControls::PREEMPTION_TIMER,
         )?;
-        let primary = primary_capability.select(
-            PrimaryControls::TSC_OFFSETTING
-                | PrimaryControls::HLT_EXITING
-                | PrimaryControls::INVLPG_EXITING
-                | PrimaryControls::MWAIT_EXITING
-                | PrimaryControls::RDPMC_EXITING
-                | PrimaryControls::CR3_LOAD_EXITING
-                | PrimaryControls::CR3_STORE_EXITING
-                | PrimaryControls::CR8_LOAD_EXITING
-                | PrimaryControls::CR8_STORE_EXITING
-                | PrimaryControls::UNCONDITIONAL_IO_EXITING
-                | PrimaryControls::MSR_BITMAPS
-                | PrimaryControls::MONITOR_EXITING,
-            PrimaryControls::SECONDARY_CONTROLS,
-        )?;
-        // These are set later, when they are wanted: they must exist.
-        primary_capability.select(
-            PrimaryControls::INTERRUPT_WINDOW_EXITING
-                | PrimaryControls::NMI_WINDOW_EXITING
-                | PrimaryControls::MOV_DR_EXITING,
-            PrimaryControls::empty(),
-        )?;
-        let pause_exiting = if primary_capability.allows(PrimaryControls::PAUSE_EXITING) {
-            PrimaryControls::PAUSE_EXITING
-        } else {
-            PrimaryControls::empty()
-        };
+        let (primary, pause_exiting) = primary_controls(primary_capability)?;
         let secondary_capability = primary
             .contains(PrimaryControls::SECONDARY_CONTROLS)
             .then(|| ControlCapability::from_msr(read(IA32_VMX_PROCBASED_CTLS2)));
@@ -200,6 +174,40 @@ impl Capabilities {
     pub fn has_efer_controls(&self) -> bool {
         has_efer_controls(self.exit, self.entry)
     }
+}
+
+/// The setting of the primary controls, and of it what can be set later to exit at PAUSE.
+fn primary_controls(
+    capability: ControlCapability,
+) -> Result<(PrimaryControls, PrimaryControls), Unsupported> {
+    let primary = capability.select(
+        PrimaryControls::TSC_OFFSETTING
+            | PrimaryControls::HLT_EXITING
+            | PrimaryControls::INVLPG_EXITING
+            | PrimaryControls::MWAIT_EXITING
+            | PrimaryControls::RDPMC_EXITING
+            | PrimaryControls::CR3_LOAD_EXITING
+            | PrimaryControls::CR3_STORE_EXITING
+            | PrimaryControls::CR8_LOAD_EXITING
+            | PrimaryControls::CR8_STORE_EXITING
+            | PrimaryControls::UNCONDITIONAL_IO_EXITING
+            | PrimaryControls::MSR_BITMAPS
+            | PrimaryControls::MONITOR_EXITING,
+        PrimaryControls::SECONDARY_CONTROLS,
+    )?;
+    // These are set later, when they are wanted: they must exist.
+    capability.select(
+        PrimaryControls::INTERRUPT_WINDOW_EXITING
+            | PrimaryControls::NMI_WINDOW_EXITING
+            | PrimaryControls::MOV_DR_EXITING,
+        PrimaryControls::empty(),
+    )?;
+    let pause_exiting = if capability.allows(PrimaryControls::PAUSE_EXITING) {
+        PrimaryControls::PAUSE_EXITING
+    } else {
+        PrimaryControls::empty()
+    };
+    Ok((primary, pause_exiting))
 }
 
 fn has_efer_controls(exit: ExitControls, entry: EntryControls) -> bool {
