@@ -371,7 +371,7 @@ impl Guest {
 
     /// The watchdog. The alarm is set for its time at the latest, so it is asked only after
     /// interrupts, even of a guest that never exits of itself.
-    fn check_deadline(&self) -> Result<(), End> {
+    pub fn check_deadline(&self) -> Result<(), End> {
         let deadline = self.machine.shared().deadline();
         if deadline.is_some_and(|deadline| platform::timestamp() >= deadline) {
             let rip = self.vcpu.registers().rip;

@@ -149,7 +149,9 @@ impl Vm {
         while waiting < self.processors.len() {
             let now = platform::timestamp();
             if now >= until {
-                return Turn::Over;
+                // Processors that only let each other run need no interrupt that would end their turns.
+                let watched = self.current().check_deadline();
+                return watched.map_or_else(Turn::Ended, |()| Turn::Over);
             }
             self.next();
             let others = self.processors.iter().enumerate();
