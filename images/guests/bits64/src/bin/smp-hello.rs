@@ -1,7 +1,8 @@
 //! `smp-hello`: several processors say who they are, and send each other interrupts in every way that
 //! the local APIC knows, in both of its modes.
 //!
-//! On the command line, `cpus=N` says how many processors there are, if the firmware does not.
+//! On the command line, `cpus=N` says how many processors there are, if the firmware does not; with
+//! `pause` all of them wait in vain for ever.
 
 #![no_std]
 #![no_main]
@@ -33,6 +34,16 @@ fn run(boot: &BootInfo, checks: &mut Checks) {
     let count = smp::count(boot);
     interrupts::map();
     interrupts::initialize_pic(0x20, 0xffff);
+    if boot.has_word("pause") {
+        smp::with_processors(Mode::XApic, handle, || {
+            for number in 1..count {
+                smp::start(number);
+                smp::begin(number, pause);
+            }
+            println!("{count} processors wait for ever");
+            pause(0);
+        });
+    }
     smp::with_processors(Mode::XApic, handle, || {
         exchange(checks, count, Mode::XApic);
         stop_and_start(checks, count);
@@ -44,6 +55,15 @@ fn run(boot: &BootInfo, checks: &mut Checks) {
     } else {
         checks.skip("x2APIC", "no x2APIC");
     }
+}
+
+/// Waits for ever, without interrupts.
+fn pause(_: usize) {
+    smp::with_interrupts_off(|| {
+        loop {
+            core::hint::spin_loop();
+        }
+    });
 }
 
 fn handle(vector: u8) {
